@@ -1,0 +1,47 @@
+"""Pluggable KV caches for Hugging Face transformers: name one, `cache_implementation="int4"`, in any `generate` call."""
+
+from importlib.metadata import PackageNotFoundError, version
+
+from .cache import Cache, build
+from .codecs.base import Codec
+from .errors import CacheOverflow, Evicted, KvplugError, MissingExtra, SpecError
+from .estimate import estimate
+from .hook import register, unregister
+from .kernels.base import Kernel
+from .layout.base import Layout
+from .placement.base import Place, Placement
+from .registry import available
+from .retention.base import Retention, Scored
+from .spec import Strategy, parse
+from .stage import option
+
+try:
+    __version__ = version("kvplug")
+except PackageNotFoundError:  # a source tree that is not installed
+    __version__ = "0+unknown"
+
+__all__ = [
+    "Cache",
+    "CacheOverflow",
+    "Codec",
+    "Evicted",
+    "Kernel",
+    "KvplugError",
+    "Layout",
+    "MissingExtra",
+    "Place",
+    "Placement",
+    "Retention",
+    "Scored",
+    "SpecError",
+    "Strategy",
+    "available",
+    "build",
+    "estimate",
+    "option",
+    "parse",
+    "register",
+    "unregister",
+]
+
+register()

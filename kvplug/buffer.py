@@ -1,0 +1,108 @@
+"""Room for rows of tensors: appended in place, dropped at both ends, never copied per token."""
+
+from __future__ import annotations
+
+import copy
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from torch import Tensor
+
+    from .placement.base import Place
+
+
+class Buffer:
+    """Named tensors [B, H, C, ...] of which rows `start:end` on axis 2 are in use.
+
+    A row is a token (keys and values as they came) or an encoded block. What `read` returned stays
+    valid until the next `append`: rows move only there, and only towards the front.
+    """
+
+    def __init__(self, place: Place, device: torch.device, unit: int, reserve: int = 0) -> None:
+        """A buffer that grows by an eighth, at least `unit` rows, and never shrinks below `reserve` rows."""
+        self.place, self.device, self.unit, self.reserve = place, device, unit, reserve
+        self.tensors: dict[str, Tensor] = {}
+        self.start = self.end = 0
+
+    def __len__(self) -> int:
+        return self.end - self.start
+
+    @property
+    def capacity(self) -> int:
+        """Rows there is room for."""
+        return next((x.shape[2] for x in self.tensors.values()), 0)
+
+    def append(self, rows: dict[str, Tensor]) -> None:
+        """Add rows [B, H, n, ...] at the end. Amortised cost: a constant number of copies per row."""
+        n = next(iter(rows.values())).shape[2]
+        if self.end + n > self.capacity:
+            self._make_room(n, rows)
+        for name, x in rows.items():
+            self.tensors[name][:, :, self.end : self.end + n] = x
+        self.end += n
+
+    def read(self, begin: int = 0, end: int | None = None) -> dict[str, Tensor]:
+        """Rows begin:end of those in use, without copying."""
+        stop = self.end if end is None else self.start + end
+        return {name: x[:, :, self.start + begin : stop] for name, x in self.tensors.items()}
+
+    def drop_first(self, n: int) -> None:
+        """Forget the first n rows, and give memory back where more than half has become idle."""
+        self.start += n
+        if self.capacity > max(2 * len(self) + self.unit, self.reserve):
+            self._reallocate(max(len(self), self.reserve), self.tensors)
+
+    def drop_last(self, n: int) -> None:
+        """Forget the last n rows."""
+        self.end -= n
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> None:
+        """Replace every tensor [B, H, rows, ...] in use by `change` of it (which may change B)."""
+        rows = {name: change(x) for name, x in self.read().items()}
+        capacity = max(self.capacity - self.start, self.reserve)
+        self.start = self.end = 0
+        self.tensors = {}
+        if rows:
+            self._reallocate(capacity, rows)
+            self.append(rows)
+
+    def clear(self) -> None:
+        """Forget everything and give the memory back."""
+        self.tensors, self.start, self.end = {}, 0, 0
+
+    def _make_room(self, n: int, rows: dict[str, Tensor]) -> None:
+        live = len(self)
+        if self.start >= max(n, self.unit, live // 8):  # enough idle room in front: close the gap
+            gap = self.start
+            for x in self.tensors.values():
+                for i in range(0, live, gap):  # pieces that do not overlap their own target
+                    piece = min(gap, live - i)
+                    x[:, :, i : i + piece] = x[:, :, gap + i : gap + i + piece]
+            self.start, self.end = 0, live
+        if self.end + n > self.capacity:
+            need = live + n
+            ahead = (
+                max(self.unit, need // 8) if live else 0
+            )  # the first rows, a prompt, take what they need
+            self._reallocate(max(need + ahead, self.reserve), self.tensors or rows)
+
+    def _reallocate(self, capacity: int, like: dict[str, Tensor]) -> None:
+        live = self.read()
+        self.tensors = {
+            name: self.place.empty((*x.shape[:2], capacity, *x.shape[3:]), x.dtype, self.device)
+            for name, x in like.items()
+        }
+        for name, x in live.items():
+            self.tensors[name][:, :, : len(self)] = x
+        self.start, self.end = 0, len(self)
+
+    def __deepcopy__(self, memo: dict) -> Buffer:
+        twin = Buffer(copy.deepcopy(self.place, memo), self.device, self.unit, self.reserve)
+        if self.tensors:
+            twin._reallocate(self.capacity - self.start, self.tensors)
+            twin.append(self.read())
+        return twin

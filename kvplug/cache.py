@@ -1,0 +1,174 @@
+"""The cache object: transformers' `Cache` over kvplug's layers, and what it holds in bytes."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+import transformers
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, StaticLayer
+
+from .errors import SpecError
+from .layer import Layer
+from .retention.window import Window
+from .rope import Rotation
+from .spec import PREFIX, Strategy, parse
+from .static import StaticCodedLayer
+from .static import StaticLayer as OurStaticLayer
+from .stats import Stats
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedConfig
+
+
+class Cache(transformers.Cache):
+    """A key-value cache built from a strategy; everything transformers' `Cache` does, and three questions more."""
+
+    def __init__(self, layers: list, strategy: Strategy, stats: Stats) -> None:
+        super().__init__(layers=layers)
+        self.strategy, self._stats = strategy, stats
+
+    def nbytes(self) -> int:
+        """Bytes of every tensor reachable from this cache, shared storage once, reserved room included."""
+        return sum(_storages(self).values())
+
+    def held(self, layer_idx: int = 0) -> int:
+        """Tokens of a layer that the next query can see; `get_seq_length` counts all that were seen."""
+        layer = self.layers[layer_idx]
+        return (
+            layer.held()
+            if isinstance(layer, (Layer, OurStaticLayer))
+            else int(layer.get_seq_length())
+        )
+
+    def stats(self) -> dict:
+        """What ran: calls per kernel, dense copies by cause, blocks encoded; and the strategy, which parses back."""
+        return {
+            "strategy": repr(self.strategy),
+            "resolved_kernel": self.strategy.kernel.resolve().name,
+        } | self._stats.as_dict()
+
+    def set_padding(self, attention_mask: Tensor | None) -> None:
+        """Tell which tokens are left padding: attention_mask [B, T], 0 for padding, before the
+        first token.
+
+        `generate` does this. Only retention that pins or picks tokens needs it, in a loop of your
+        own.
+        """
+        if attention_mask is None or attention_mask.dim() != 2:
+            return
+        padding = (attention_mask.long().cumsum(-1) == 0).sum(-1)  # [B]
+        for layer in self.layers:
+            if isinstance(layer, Layer):
+                layer.set_padding(padding)
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Add tokens to a layer (see `Layer.update`), after the next layer has started fetching its blocks."""
+        following = self.layers[(layer_idx + 1) % len(self.layers)]
+        if isinstance(following, Layer):
+            following.prefetch()
+        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+
+    def __repr__(self) -> str:
+        return f"kvplug.Cache({str(self.strategy)!r}, layers={len(self.layers)}, seen={self.get_seq_length()})"
+
+
+def build(
+    spec: str | Strategy,
+    config: PreTrainedConfig,
+    *,
+    max_cache_len: int | None = None,
+    cache_config: dict[str, Any] | None = None,
+) -> Cache:
+    """A cache for models of this config, to be passed as `past_key_values`.
+
+    Args:
+        spec: a strategy (`kvplug.parse`), where also `static` is ours.
+        config: of the model; layer types and windows are read from it, nothing is changed.
+        max_cache_len: tokens that a static layout reserves; ignored by others.
+        cache_config: more arguments of the strategy by name, e.g. `{"group": 32, "tail": 128}`.
+
+    Layers of sliding-window attention keep the model's window and take codec and placement.
+    Linear-attention, conv, indexed and dummy layers are transformers' own. Under a compilable
+    static layout sliding layers are transformers' static ones.
+
+    Raises:
+        SpecError: the strategy cannot be read or built, or not for this model.
+        MissingExtra: an optional dependency is not installed.
+    """
+    strategy = parse(spec, cache_config) if isinstance(spec, str) else spec
+    if strategy.layout.name == "static" and strategy.layout.limit is None:
+        if max_cache_len is None:
+            raise SpecError(
+                f"{strategy}: 'static' needs max_cache_len, as an argument of build or of the spec"
+            )
+        strategy = strategy.replace(layout=type(strategy.layout)(max_cache_len=max_cache_len))
+    stats, place = Stats(), strategy.placement.open()
+    rotation = (
+        Rotation.of(config.get_text_config(decoder=True)) if strategy.retention.first else None
+    )
+    if strategy.layout.limit is not None and strategy.layout.is_compileable(strategy):
+        theirs = transformers.StaticCache(config=config, max_cache_len=strategy.layout.limit).layers
+        coded = strategy.codec.name != "exact"
+        layers = [
+            (StaticCodedLayer if coded else OurStaticLayer)(strategy, stats)
+            if type(layer) is StaticLayer
+            else layer
+            for layer in theirs
+        ]
+    else:
+        layers = [
+            _layer(layer, strategy, place, stats, rotation)
+            for layer in transformers.DynamicCache(config=config).layers
+        ]
+    if not any(isinstance(layer, (Layer, OurStaticLayer)) for layer in layers):
+        kinds = ", ".join(sorted({type(layer).__name__ for layer in layers})) or "none"
+        raise SpecError(
+            f"{strategy}: {type(config).__name__} has no attention layer it could serve, only {kinds}"
+        )
+    return Cache(layers, strategy, stats)
+
+
+def _layer(
+    theirs: Any, strategy: Strategy, place: Any, stats: Stats, rotation: Rotation | None
+) -> Any:
+    """Our layer for one of transformers' dynamic cache, or that layer itself where it is not plain attention."""
+    if type(theirs) is DynamicLayer:
+        return Layer(strategy, place, stats, rotation)
+    if type(theirs) is DynamicSlidingWindowLayer:
+        window = strategy.replace(retention=Window(length=theirs.sliding_window))
+        return Layer(window, place, stats, is_sliding=True)
+    return theirs
+
+
+def is_ours(name: Any) -> bool:
+    """Whether `generate` leaves this `cache_implementation` to kvplug: any text that transformers does not know."""
+    from transformers.generation.configuration_utils import ALL_CACHE_IMPLEMENTATIONS
+
+    return isinstance(name, str) and (
+        name.startswith(PREFIX) or name not in (*ALL_CACHE_IMPLEMENTATIONS, "paged")
+    )
+
+
+def _storages(root: object) -> dict[int, int]:
+    """Bytes by storage of all tensors reachable from an object through containers and attributes."""
+    found: dict[int, int] = {}
+    todo, met = [root], set()
+    while todo:
+        x = todo.pop()
+        if id(x) in met or isinstance(x, (str, bytes, type)):
+            continue
+        met.add(id(x))
+        if isinstance(x, torch.Tensor):
+            storage = x.untyped_storage()
+            found[storage._cdata] = storage.nbytes()
+        elif isinstance(x, dict):
+            todo.extend(x.values())
+        elif isinstance(x, (list, tuple, set)):
+            todo.extend(x)
+        elif hasattr(x, "__dict__") and not callable(x):
+            todo.extend(vars(x).values())
+    return found

@@ -1,0 +1,80 @@
+"""`kvplug list` and `kvplug estimate`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from .errors import KvplugError
+
+STRATEGIES = (
+    "growing", "kvplug:static", "int8", "int4", "int2", "window(length=4096)", "sinks", "sinks+int8", "int4+host", "disk",
+)  # fmt: skip
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line; 0 where it worked, 2 where the request cannot be met."""
+    parser = argparse.ArgumentParser(
+        prog="kvplug", description="Pluggable KV caches for Hugging Face transformers."
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("list", help="every stage and preset, with one line each")
+    sizes = commands.add_parser(
+        "estimate",
+        help="bytes held per strategy, from a config without weights",
+        epilog="example: kvplug estimate --model HuggingFaceTB/SmolLM2-135M-Instruct --context 32768 int4 sinks+int8",
+    )
+    sizes.add_argument("strategies", nargs="*", help=f"default: {', '.join(STRATEGIES)}")
+    sizes.add_argument("--model", required=True, help="Hub id, local folder or config.json")
+    sizes.add_argument("--context", type=_positive, required=True, help="tokens of the prompt")
+    sizes.add_argument("--batch", type=_positive, default=1, help="rows (default 1)")
+    sizes.add_argument(
+        "--dtype", default=None, help="of keys and values, e.g. bfloat16 (default: the config's)"
+    )
+    args = parser.parse_args(argv)
+    try:
+        return _list() if args.command == "list" else _estimate(args)
+    except (KvplugError, OSError) as e:
+        print(f"kvplug: {e}", file=sys.stderr)
+        return 2
+
+
+def _list() -> int:
+    from .registry import available
+    from .spec import DEFAULTS, PRESETS
+
+    for kind, stages in available().items():
+        print(f"{kind} (default {DEFAULTS[kind]})")
+        for name, line in stages.items():
+            print(f"  {name:<12} {line}")
+    print("presets")
+    for name, spec in PRESETS.items():
+        print(f"  {name:<22} {spec}")
+    return 0
+
+
+def _estimate(args: argparse.Namespace) -> int:
+    import torch
+    from transformers import AutoConfig
+
+    from .errors import SpecError, unknown
+    from .estimate import estimate
+
+    dtypes = ["float32", "bfloat16", "float16"]
+    if args.dtype is not None and args.dtype not in dtypes:
+        raise SpecError(unknown("dtype", args.dtype, dtypes))
+    dtype = getattr(torch, args.dtype) if args.dtype else None
+    config = AutoConfig.from_pretrained(args.model)
+    full = estimate("growing", config, context=args.context, batch=args.batch, dtype=dtype)
+    print(f"{'strategy':<40} {'bytes':>16} {'MiB':>10} {'of exact':>9}")
+    for spec in args.strategies or STRATEGIES:
+        size = estimate(spec, config, context=args.context, batch=args.batch, dtype=dtype)
+        print(f"{spec:<40} {size:>16,} {size / 2**20:>10.1f} {size / full:>8.2f}x")
+    return 0
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} is not at least 1")
+    return value

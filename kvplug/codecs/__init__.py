@@ -1,0 +1,1 @@
+"""How a block of tokens is stored: one idea per file, all behind `base.Codec`."""

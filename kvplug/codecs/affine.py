@@ -1,0 +1,151 @@
+"""`int8`, `int4`, `int2`: group-wise asymmetric integers, keys per channel and values per token."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+
+from ..stage import option
+from .base import Codec, Encoded
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+WIDTHS = (2, 4, 8)
+F16_MAX = torch.finfo(torch.float16).max
+
+
+@dataclass(frozen=True)
+class Affine(Codec):
+    """Asymmetric integers with a float16 scale and zero per group. Error <= half a step (scale / 2)
+    per element.
+
+    Keys have outlier channels, values do not: a key group is one channel over the tokens of a
+        block, a value group is `group` neighbouring channels of one token (KIVI, arXiv:2402.02750).
+        Departures from it: 8 bits too, K and V widths apart, and blocks are never encoded again.
+
+    k_codes [B, H, N, Dk, block*k_bits/8] uint8, k_scale and k_zero [B, H, N, Dk] float16
+    v_codes [B, H, N, block*v_bits/8, Dv] uint8, v_scale and v_zero [B, H, N, block, Dv/g] float16
+    Keys are channel-major, so that scores run along tokens. Codes are packed along tokens: with 4
+    bits, byte i holds token i in its low half and token i + block/2 in its high half; with 2 bits,
+    i + block/4 * (0, 1, 2, 3).
+    """
+
+    def encode(self, keys: Tensor, values: Tensor) -> Encoded:
+        k_codes, k_scale, k_zero = _quantize(
+            keys.float().transpose(-1, -2), self.k_bits
+        )  # groups: the block's tokens
+        grouped = values.float().unflatten(-1, (-1, self._value_group(values.shape[-1])))
+        v_codes, v_scale, v_zero = _quantize(grouped, self.v_bits)
+        return {
+            "k_codes": _pack(k_codes, self.k_bits),
+            "k_scale": k_scale,
+            "k_zero": k_zero,
+            "v_codes": _pack(v_codes.flatten(-2).transpose(-1, -2), self.v_bits)
+            .transpose(-1, -2)
+            .contiguous(),
+            "v_scale": v_scale,
+            "v_zero": v_zero,
+        }
+
+    def decode(self, data: Encoded) -> tuple[Tensor, Tensor]:
+        keys = _unpack(data["k_codes"], self.k_bits).float() * data["k_scale"].float()[..., None]
+        keys = (keys + data["k_zero"].float()[..., None]).transpose(-1, -2)
+        codes = _unpack(data["v_codes"].transpose(-1, -2), self.v_bits).transpose(-1, -2).float()
+        grouped = codes.unflatten(-1, (data["v_scale"].shape[-1], -1))
+        values = grouped * data["v_scale"].float()[..., None] + data["v_zero"].float()[..., None]
+        return keys, values.flatten(-2)
+
+    def max_error(self, data: Encoded) -> tuple[Tensor, Tensor]:
+        k = _half_step(data["k_scale"], data["k_zero"], self.k_bits)[
+            ..., None, :
+        ]  # [B, H, N, 1, Dk]
+        v = _half_step(data["v_scale"], data["v_zero"], self.v_bits)  # [B, H, N, block, Dv/g]
+        return k, v.repeat_interleave(data["v_codes"].shape[-1] // v.shape[-1], dim=-1)
+
+    def _value_group(self, head_dim: int) -> int:
+        """The largest divisor of head_dim that is at most `group`: head dims of 80 or 112 need no padding."""
+        return next(g for g in range(min(self.group, head_dim), 0, -1) if head_dim % g == 0)
+
+
+def _quantize(x: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
+    """X [..., G] -> codes [..., G] uint8, scale and zero [...] float16, with |x - (codes * scale +
+    zero)| <= scale / 2.
+
+    The zero is rounded down to float16 first and the scale up afterwards, so that the rounding of a
+    large zero (keys of Qwen2 have a bias of several hundred) widens the range a little instead of
+    shifting the whole group.
+    """
+    low, high = x.amin(-1), x.amax(-1)
+    zero = _round_down(low.clamp(-F16_MAX, F16_MAX))
+    scale = -_round_down(-(high - zero.float()) / (2**bits - 1))
+    step = scale.float().clamp_min(1e-30)[..., None]  # a constant group has scale 0 and codes 0
+    codes = ((x - zero.float()[..., None]) / step).round().clamp(0, 2**bits - 1)
+    return codes.to(torch.uint8), scale, zero
+
+
+def _half_step(scale: Tensor, zero: Tensor, bits: int) -> Tensor:
+    """Half a quantization step, and what float32 loses on the way there and back."""
+    return scale.float() / 2 + 2.0**-21 * (zero.float().abs() + scale.float() * 2**bits)
+
+
+def _round_down(x: Tensor) -> Tensor:
+    """A float16 that is not above x, at most two float16 steps below."""
+    y = x.to(torch.float16).float()
+    step = (y.abs() * 2.0**-10).clamp_min(2.0**-24)  # one or two steps of float16 at y
+    return torch.where(y > x, y - step, y).to(torch.float16)
+
+
+def _pack(codes: Tensor, bits: int) -> Tensor:
+    """Codes [..., G] uint8 below 2**bits -> [..., G * bits / 8] uint8."""
+    if bits == 8:
+        return codes.contiguous()
+    packed = None
+    for i, part in enumerate(codes.chunk(8 // bits, dim=-1)):
+        packed = part if packed is None else packed | (part << (i * bits))
+    return packed.contiguous()
+
+
+def _unpack(packed: Tensor, bits: int) -> Tensor:
+    """The inverse of `_pack`."""
+    if bits == 8:
+        return packed
+    return torch.cat([(packed >> shift) & (2**bits - 1) for shift in range(0, 8, bits)], dim=-1)
+
+
+@dataclass(frozen=True)
+class Int8(Affine):
+    """8-bit integers: about half of bf16, drift near nothing (KL 1e-4)."""
+
+    name: ClassVar[str] = "int8"
+    block: int = option(64, "tokens per block, a multiple of 8", choices=(8, 16, 32, 64, 128, 256))
+    group: int = option(32, "value channels per scale, lowered to a divisor of head_dim", ge=1)
+    tail: int = option(0, "newest tokens kept in full precision", ge=0)
+    k_bits: int = option(8, "bits per key", choices=WIDTHS)
+    v_bits: int = option(8, "bits per value", choices=WIDTHS)
+
+
+@dataclass(frozen=True)
+class Int4(Affine):
+    """4-bit integers: less than a third of bf16, small drift; the newest 64 tokens stay exact."""
+
+    name: ClassVar[str] = "int4"
+    block: int = option(64, "tokens per block, a multiple of 8", choices=(8, 16, 32, 64, 128, 256))
+    group: int = option(32, "value channels per scale, lowered to a divisor of head_dim", ge=1)
+    tail: int = option(64, "newest tokens kept in full precision", ge=0)
+    k_bits: int = option(4, "bits per key", choices=WIDTHS)
+    v_bits: int = option(4, "bits per value", choices=WIDTHS)
+
+
+@dataclass(frozen=True)
+class Int2(Affine):
+    """2-bit integers: a fifth of bf16 and heavy drift on small models; for research."""
+
+    name: ClassVar[str] = "int2"
+    block: int = option(64, "tokens per block, a multiple of 8", choices=(8, 16, 32, 64, 128, 256))
+    group: int = option(32, "value channels per scale, lowered to a divisor of head_dim", ge=1)
+    tail: int = option(64, "newest tokens kept in full precision", ge=0)
+    k_bits: int = option(2, "bits per key", choices=WIDTHS)
+    v_bits: int = option(2, "bits per value", choices=WIDTHS)

@@ -1,0 +1,50 @@
+"""The contract of a codec: how a block of tokens is stored."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from ..stage import Stage
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Encoded = dict[
+    str, "Tensor"
+]  # every tensor [B, H, N, ...]: N blocks on axis 2, so blocks can be sliced and appended
+
+
+@dataclass(frozen=True)
+class Codec(Stage):
+    """Turns whole blocks of `block` tokens into fewer bytes and back.
+
+    A block is encoded once and its bytes never change. The newest `tail` tokens, and those that do
+    not fill a block yet, stay in full precision: at most `tail + block - 1` of them after each
+    call.
+
+    `encode` and `decode` are pure functions of their arguments, in plain torch (they are compiled
+    with the model under `static`), must take any number of blocks, 0 included, and each block must
+    encode as it would alone.
+    """
+
+    kind: ClassVar[str] = "codec"
+    lossless: ClassVar[bool] = False
+    # Decoding is a mere view of the encoded tensors: kernels may then read many blocks at once for
+    # free.
+    decodes_in_place: ClassVar[bool] = False
+
+    block: int
+    tail: int
+
+    def encode(self, keys: Tensor, values: Tensor) -> Encoded:
+        """Keys [B, H, N, block, Dk], values [B, H, N, block, Dv], any float -> named tensors [B, H, N, ...]."""
+        raise NotImplementedError
+
+    def decode(self, data: Encoded) -> tuple[Tensor, Tensor]:
+        """Named tensors [B, H, N, ...] -> keys [B, H, N, block, Dk], values [B, H, N, block, Dv], float32 or exact."""
+        raise NotImplementedError
+
+    def max_error(self, data: Encoded) -> tuple[Tensor, Tensor]:
+        """The codec's own bound on |decoded - original|, broadcastable to keys and to values."""
+        raise NotImplementedError

@@ -1,0 +1,36 @@
+"""`exact`: the bytes as they came."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from ..stage import option
+from .base import Codec, Encoded
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Exact(Codec):
+    """Store keys and values as they are. On the device no blocks are cut; on host and disk a block
+    is what is moved.
+
+    data: k [B, H, N, block, Dk], v [B, H, N, block, Dv], in the model's dtype
+    """
+
+    name: ClassVar[str] = "exact"
+    lossless: ClassVar[bool] = True
+    decodes_in_place: ClassVar[bool] = True
+    block: int = option(64, "tokens moved at once", ge=1)
+    tail: int = option(0, "newest tokens kept on the device", ge=0)
+
+    def encode(self, keys: Tensor, values: Tensor) -> Encoded:
+        return {"k": keys, "v": values}
+
+    def decode(self, data: Encoded) -> tuple[Tensor, Tensor]:
+        return data["k"], data["v"]
+
+    def max_error(self, data: Encoded) -> tuple[Tensor, Tensor]:
+        return data["k"].new_zeros(()), data["v"].new_zeros(())

@@ -1,0 +1,38 @@
+"""What kvplug raises.
+
+KvplugError
+├── SpecError (ValueError)          a strategy that cannot be: unknown name, bad argument, stages
+that do not compose ├── MissingExtra (ImportError)      a stage whose optional dependency is not
+installed ├── CacheOverflow (ValueError)      more tokens than a static cache was built for └──
+Evicted (RuntimeError)          a rollback to tokens that are no longer kept
+"""
+
+from difflib import get_close_matches
+
+
+class KvplugError(Exception):
+    """Base of everything kvplug raises on purpose."""
+
+
+class SpecError(KvplugError, ValueError):
+    """A strategy that cannot be built: says the value, what is accepted and the nearest match."""
+
+
+class MissingExtra(KvplugError, ImportError):
+    """A stage needs a package that is not installed: says the exact ``pip install``."""
+
+
+class CacheOverflow(KvplugError, ValueError):
+    """A static cache was given more tokens than it was built for."""
+
+
+class Evicted(KvplugError, RuntimeError):
+    """`crop` asked for tokens that retention has already dropped."""
+
+
+def unknown(what: str, value: object, accepted: list[str], note: str = "") -> str:
+    """`unknown codec 'imt8'. Did you mean 'int8'? Known: int2, int4, int8.`"""
+    near = get_close_matches(str(value).lower(), [a.lower() for a in accepted], n=1, cutoff=0.5)
+    hint = f" Did you mean {near[0]!r}?" if near else ""
+    known = f" Known: {', '.join(accepted)}." if accepted else ""
+    return f"unknown {what} {value!r}.{hint}{known}{' ' + note if note else ''}"

@@ -1,0 +1,63 @@
+"""Bytes a strategy will hold, from a config alone: the real cache is filled with tensors that have no data."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from .cache import build
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+    from .spec import Strategy
+
+
+def estimate(
+    spec: str | Strategy,
+    config: PreTrainedConfig,
+    *,
+    context: int,
+    batch: int = 1,
+    dtype: torch.dtype | None = None,
+) -> int:
+    """Bytes that a cache holds after a prompt of `context` tokens in `batch` rows: what its
+    `nbytes()` will say.
+
+    Args:
+        spec: a strategy; a static one reserves `context` tokens unless it says otherwise.
+        config: of the model; no weights are needed.
+        context: tokens of the prompt.
+        batch: rows.
+        dtype: of keys and values; default: the config's, else float32.
+
+    State of linear-attention and conv layers is not counted: it does not grow with context.
+    """
+    text = config.get_text_config(decoder=True)
+    dtype = dtype or getattr(text, "dtype", None) or torch.float32
+    cache = build(spec, config, max_cache_len=context)
+    for layer, (H, Dk, Dv) in zip(cache.layers, kv_shapes(text, len(cache.layers)), strict=True):
+        if hasattr(layer, "lazy_initialization") and hasattr(layer, "crop"):
+            key, value = (
+                torch.empty(batch, H, context, D, dtype=dtype, device="meta") for D in (Dk, Dv)
+            )
+            layer.update(key, value)
+    return cache.nbytes()
+
+
+def kv_shapes(config: PreTrainedConfig, layers: int) -> list[tuple[int, int, int]]:
+    """Stored heads, key width and value width of each layer."""
+    configs = getattr(config, "per_layer_config", None) or [config] * layers
+    return [_kv_shape(c) for c in list(configs)[:layers]]
+
+
+def _kv_shape(config: PreTrainedConfig) -> tuple[int, int, int]:
+    heads = getattr(config, "num_attention_heads", None)
+    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    if getattr(config, "multi_query", False):  # GPTBigCode, Falcon
+        kv_heads = 1
+    width = getattr(config, "head_dim", None) or config.hidden_size // heads
+    if rope := getattr(config, "qk_rope_head_dim", None):  # multi-head latent attention
+        return heads, config.qk_nope_head_dim + rope, config.v_head_dim
+    return kv_heads, width, width

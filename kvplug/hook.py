@@ -1,0 +1,111 @@
+"""The only file that touches transformers: strategies as `cache_implementation` of any `generate`
+call.
+
+Two methods are wrapped. `GenerationConfig.validate` accepts our names;
+`GenerationMixin._prepare_cache_for_generation` lets transformers prepare its own cache and puts
+ours in the place of the decoder's. Calls that name no strategy of ours go through unchanged.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+from typing import Any
+
+from transformers import EncoderDecoderCache, GenerationConfig
+from transformers.generation.utils import GenerationMixin
+
+from .cache import Cache, build, is_ours
+from .errors import SpecError
+from .spec import parse
+
+_originals: dict[str, Any] = {}
+
+
+def register() -> None:
+    """Make strategies known to `generate`. `import kvplug` does this; a second call changes nothing."""
+    if _originals:
+        return
+    _originals["validate"] = GenerationConfig.validate
+    _originals["prepare"] = GenerationMixin._prepare_cache_for_generation
+    GenerationConfig.validate = _validate(_originals["validate"])
+    GenerationMixin._prepare_cache_for_generation = _prepare(_originals["prepare"])
+
+
+def unregister() -> None:
+    """Put back what `register` replaced: transformers is as if kvplug had not been imported."""
+    if _originals:
+        GenerationConfig.validate = _originals.pop("validate")
+        GenerationMixin._prepare_cache_for_generation = _originals.pop("prepare")
+
+
+def _validate(original: Any) -> Any:
+    @functools.wraps(original)
+    def validate(self: GenerationConfig, *args: Any, **kwargs: Any) -> None:
+        if not is_ours(self.cache_implementation):
+            return original(self, *args, **kwargs)
+        strategy = parse(self.cache_implementation, self.cache_config)
+        # transformers judges the rest, on a copy: the caller's object may be shared between threads
+        return original(_without_ours(self, strategy.layout.name == "static"), *args, **kwargs)
+
+    return validate
+
+
+def _prepare(original: Any) -> Any:
+    @functools.wraps(original)
+    def _prepare_cache_for_generation(
+        self: GenerationMixin,
+        generation_config: GenerationConfig,
+        model_kwargs: dict,
+        generation_mode: Any,
+        batch_size: int,
+        max_cache_length: int,
+    ) -> Any:
+        def prepare(config: GenerationConfig) -> Any:
+            return original(
+                self, config, model_kwargs, generation_mode, batch_size, max_cache_length
+            )
+
+        given = model_kwargs.get("past_key_values")
+        ours = is_ours(generation_config.cache_implementation)
+        if not ours or given is not None or generation_config.use_cache is False:
+            if isinstance(given, Cache):
+                given.set_padding(model_kwargs.get("attention_mask"))
+            return prepare(generation_config)
+        name = generation_config.cache_implementation
+        if not self._supports_default_dynamic_cache():
+            raise SpecError(
+                f"{type(self).__name__} builds its own kind of cache: cache_implementation={name!r} cannot apply"
+            )
+        cache = build(
+            name,
+            self.config.get_text_config(decoder=True),
+            max_cache_len=max(max_cache_length, generation_config.max_cache_len or 0),
+            cache_config=generation_config.cache_config,
+        )
+        cache.set_padding(model_kwargs.get("attention_mask"))
+        result = prepare(_without_ours(generation_config, static=False))
+        slots = [key for key in ("past_key_values", "cache_params") if key in model_kwargs]
+        if not slots:
+            raise SpecError(
+                f"transformers prepared no cache for {type(self).__name__}: {name!r} cannot take its place"
+            )
+        if isinstance(model_kwargs[slots[0]], EncoderDecoderCache):
+            model_kwargs[
+                slots[0]
+            ].self_attention_cache = cache  # cross-attention is filled once and stays as it is
+        else:
+            model_kwargs[slots[0]] = cache
+        if generation_config.is_assistant:
+            cache.activate_past_recording()
+        return result
+
+    return _prepare_cache_for_generation
+
+
+def _without_ours(config: GenerationConfig, static: bool) -> GenerationConfig:
+    """A shallow copy that names a cache of transformers instead."""
+    plain = copy.copy(config)
+    plain.cache_implementation = "static" if static else None
+    plain.cache_config = None
+    return plain

@@ -1,0 +1,1 @@
+"""How attention reads a cache: `reference` is the specification of all others."""

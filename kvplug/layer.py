@@ -1,0 +1,411 @@
+"""One layer's cache: retention -> layout -> codec -> placement, behind transformers' layer interface."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers.cache_utils import CacheLayerMixin
+
+from .buffer import Buffer
+from .errors import CacheOverflow, Evicted
+from .pins import Pins
+from .placement.device import OnDevice
+from .retention.base import Scored
+from .stored import Stored
+from .view import views
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from torch import Tensor
+
+    from .placement.base import Place
+    from .rope import Rotation
+    from .spec import Strategy
+    from .stats import Stats
+
+
+class Layer(CacheLayerMixin):
+    """Keys and values of one attention layer.
+
+    New tokens go to the tail, in full precision; once attention has seen them, whole blocks leave
+    it: they are encoded once, placed once, and never touched again. With `exact` on the device no
+    block is ever cut and `update` returns plain tensors; otherwise it returns views that a kernel
+    reads.
+
+    Columns count tokens from the start of the sequence, padding included. `Physical` columns are
+    those still stored: blocks first, tail last, the newest token always the last one. Visible
+    columns, those a query may see, are a suffix of them; where retention pins the first tokens,
+    these stand in the place of the oldest visible columns, so that the mask transformers builds for
+    a plain suffix is right for every kind of retention.
+    """
+
+    is_compileable = False
+    is_croppable = True  # nothing is encoded or dropped before `crop` while the past is recorded
+    is_sliding = False
+
+    def __init__(
+        self,
+        strategy: Strategy,
+        place: Place,
+        stats: Stats,
+        rotation: Rotation | None = None,
+        is_sliding: bool = False,
+    ) -> None:
+        self.strategy, self.place, self.stats, self.is_sliding = strategy, place, stats, is_sliding
+        self.blocked = strategy.codec.name != "exact" or strategy.placement.name != "device"
+        self.pins = Pins(strategy.retention.first, rotation) if strategy.retention.first else None
+        self.padding: Tensor | None = None  # [B] leading padding tokens of each row
+        self.record_past = False
+        self._forget()
+
+    def _forget(self) -> None:
+        self.is_initialized = False
+        self.seen = 0
+        self._since_eviction = 0  # tokens that retention has not judged yet
+        self._overlay: tuple[int, Tensor, Tensor] | None = (
+            None  # first column, keys and values that pins stand upon
+        )
+        self._fetched: dict[str, Tensor] | None = None  # blocks under way to the device
+
+    # ---------------------------------------------------------------- what transformers calls in a
+    # forward pass
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Learn dtype and device from the first tokens [B, H, S, D] and reserve what a static layout asks for."""
+        self.dtype, self.device = key_states.dtype, key_states.device
+        retention, codec = self.strategy.retention, self.strategy.codec
+        room = self.strategy.layout.limit or 0  # columns reserved ahead
+        if retention.newest is not None:
+            room = min(room, retention.first + retention.newest + codec.block)
+        tail_room = min(room, codec.tail + codec.block) if self.blocked else room
+        self.tail = Buffer(OnDevice(), self.device, 16, tail_room)
+        self.blocks = Buffer(
+            self.place, self.device, 1, -(-room // codec.block) if self.blocked else 0
+        )
+        if self.padding is None:
+            self.padding = torch.zeros(key_states.shape[0], dtype=torch.long, device=self.device)
+        self._last_pin = (
+            int(self.padding.max()) + self.strategy.retention.first if self.pins is not None else 0
+        )
+        self.is_initialized = True
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Add new tokens and return what their queries attend to.
+
+        Args:
+            key_states: [B, H, S, Dk], rotated where the model rotates.
+            value_states: [B, H, S, Dv].
+
+        Returns:
+            keys [B, H, T, Dk] and values [B, H, T, Dv], T as `get_mask_sizes` announced: tensors,
+            or views of what is stored. The S new tokens are in full precision, those before as they
+            are stored.
+
+        Raises:
+            CacheOverflow: a static layout has no room for S more tokens.
+        """
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        S = key_states.shape[-2]
+        self._check_room(S)
+        first = self._first_visible()
+        self._lift_pins()
+        if self.seen < self._last_pin:
+            self.pins.capture(key_states, value_states, self.seen, self.padding)
+        self.tail.append({"k": key_states, "v": value_states})
+        self.seen += S
+        self._since_eviction += S
+        visible = self._visible(first)
+        if not self.record_past:
+            self._settle()
+        return visible
+
+    def get_seq_length(self) -> int:
+        """Tokens seen, padding included."""
+        return self.seen
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """How many columns `query_length` new tokens will attend to, and the first of them."""
+        self._check_room(query_length)
+        first = self._first_visible()
+        return self.seen - first + query_length, first
+
+    def get_max_length(self) -> int:
+        """The reserved length, or the window that slides; -1 without either, as in transformers."""
+        retention, limit = self.strategy.retention, self.strategy.layout.limit
+        window = None if retention.newest is None else retention.first + retention.newest
+        return min((n for n in (limit, window) if n is not None), default=-1)
+
+    def prefetch(self) -> None:
+        """Start bringing blocks to the device, where the placement can do so without waiting."""
+        if self.is_initialized and len(self.blocks):
+            self._fetched = self.place.prefetch(self.blocks.read(), self.device)
+
+    # ------------------------------------------------------------------------------------------
+    # what is kept
+
+    def held(self) -> int:
+        """Tokens that the next query can see, itself not counted."""
+        return self.seen - self._first_visible()
+
+    @property
+    def keys(self) -> Tensor | None:
+        """The keys the next query can see, dense [B, H, T, Dk], a copy; None before the first token."""
+        return self._dense()[0] if self.seen else None
+
+    @property
+    def values(self) -> Tensor | None:
+        """The values the next query can see, dense [B, H, T, Dv], a copy; None before the first token."""
+        return self._dense()[1] if self.seen else None
+
+    def _dense(self) -> tuple[Tensor, Tensor]:
+        self._lift_pins()
+        first = self._first_visible()
+        keys, values = (x.clone() for x in self._read(first, self.seen))
+        if self._pinned(first):
+            n = self.pins.count
+            own = keys[:, :, :n], values[:, :, :n]
+            keys[:, :, :n], values[:, :, :n] = self.pins.at(first, self.padding, lambda: own)
+        return keys, values
+
+    # -------------------------------------------------------------------------------------------
+    # transformers' API
+
+    def set_padding(self, padding: Tensor) -> None:
+        """Leading padding tokens of each row, [B] int; known before the first token (`Cache.set_padding`)."""
+        self.padding = padding
+        if self.is_initialized:
+            self.padding = padding.to(self.device)
+
+    def activate_past_recording(self) -> None:
+        """From now on encode and drop nothing until `crop`, so that a rollback leaves no trace."""
+        self.record_past = True
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the newest `-tokens_to_remove` tokens, then encode and drop what recording has
+        held back.
+
+        A crop deeper than the full-precision tail decodes the block it cuts: its tokens return to
+        the tail as they were stored.
+
+        Raises:
+            ValueError: a positive number (transformers' old meaning).
+            Evicted: the tokens that would be visible then have been dropped; call
+                `activate_past_recording` first.
+        """
+        if tokens_to_remove > 0:
+            raise ValueError(
+                f"crop takes minus the number of tokens to remove, got {tokens_to_remove}"
+            )
+        if not self.is_initialized:
+            return
+        n = min(-tokens_to_remove, self.seen)
+        self._lift_pins()
+        self._check_rollback(n)
+        while n > len(self.tail):
+            self._reopen_last_block()
+        self.tail.drop_last(n)
+        self.seen -= n
+        self._since_eviction -= n
+        self._settle()
+
+    def reset(self) -> None:
+        """Forget all tokens and give their memory back."""
+        if self.is_initialized:
+            self.tail.clear()
+            self.blocks.clear()
+        if self.pins is not None:
+            self.pins.clear()
+        self.padding = None
+        self._forget()
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Row i becomes what row beam_idx[i] was; beam_idx [B]."""
+        self._map(lambda x: x.index_select(0, beam_idx.to(x.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Each row `repeats` times."""
+        self._map(lambda x: x.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Only the rows `indices`: positions or a mask."""
+        self._map(lambda x: x[indices.to(x.device)])
+
+    def _map(self, change: Callable[[Tensor], Tensor]) -> None:
+        if not self.is_initialized:
+            return
+        self._lift_pins()
+        self.tail.map(change)
+        self.blocks.map(change)
+        self.padding = change(self.padding)
+        if self.pins is not None:
+            self.pins.map(change)
+        self._fetched = None
+
+    # --------------------------------------------------------------------------------------
+    # columns, and reading them
+
+    def _tail_start(self) -> int:
+        """The column of the oldest token in the tail."""
+        return self.seen - len(self.tail)
+
+    def _first_stored(self) -> int:
+        """The oldest column still stored."""
+        return self._tail_start() - len(self.blocks) * self.strategy.codec.block
+
+    def _first_visible(self) -> int:
+        """The oldest column that the next query can see."""
+        retention = self.strategy.retention
+        if isinstance(retention, Scored):
+            return self._first_stored() if self.is_initialized else 0
+        if retention.newest is None:
+            return 0
+        return max(0, self.seen - (retention.newest - 1) - retention.first)
+
+    def _pinned(self, first: int) -> bool:
+        """Whether pins stand at the columns `first` and on."""
+        return self.pins is not None and first > 0
+
+    def _visible(self, first: int) -> tuple[Tensor, Tensor]:
+        """Keys and values from column `first` on, pins in their place."""
+        head, start = None, first
+        if self._pinned(first):
+            if not self.blocked:
+                self._lay_pins(first)
+            else:
+                start = first + self.pins.count
+                head = self.pins.at(first, self.padding, lambda: self._read(first, start))
+        blocks, skip = self._blocks_from(start)
+        tail = self.tail.read(max(0, start - self._tail_start()))
+        if head is None and not blocks:
+            return tail["k"], tail["v"]
+        stored = Stored(self.strategy.codec, head, blocks, skip, (tail["k"], tail["v"]))
+        return views(stored, self.strategy.kernel, self.stats)
+
+    def _read(self, begin: int, end: int) -> tuple[Tensor, Tensor]:
+        """Columns begin:end, decoded where encoded, without pins: [B, H, end - begin, D]."""
+        blocks, skip = self._blocks_from(begin)
+        tail_start = self._tail_start()
+        tail = self.tail.read(max(0, begin - tail_start), max(0, end - tail_start))
+        if not blocks:
+            return tail["k"], tail["v"]
+        dense = Stored(self.strategy.codec, None, blocks, skip, (tail["k"], tail["v"])).dense()
+        return dense[0][:, :, : end - begin], dense[1][:, :, : end - begin]
+
+    def _blocks_from(self, column: int) -> tuple[dict[str, Tensor], int]:
+        """Blocks, on the device, from the one that holds `column` on; and how many of its tokens come before it."""
+        if column >= self._tail_start():
+            return {}, 0
+        n, skip = divmod(column - self._first_stored(), self.strategy.codec.block)
+        blocks, self._fetched = self._fetched or self.blocks.read(), None
+        return self.place.fetch(
+            {name: x[:, :, n:] for name, x in blocks.items()}, self.device
+        ), skip
+
+    # --------------------------------------------------------------------------------- encoding,
+    # dropping, taking back
+
+    def _settle(self) -> None:
+        """Drop what no later query can see, then cut, encode and place the blocks that the tail can spare."""
+        retention, codec = self.strategy.retention, self.strategy.codec
+        if isinstance(retention, Scored):
+            self._evict_by_score(retention)
+            return
+        gone = (
+            self._first_visible() - self._first_stored()
+        )  # the column that pins replace is kept: it may be unpinned
+        if gone > 0:
+            blocks = min(gone // codec.block, len(self.blocks))
+            self.blocks.drop_first(blocks)
+            if not len(self.blocks):
+                self.tail.drop_first(gone - blocks * codec.block)
+        if not self.blocked:
+            return
+        n = (len(self.tail) - codec.tail) // codec.block
+        if n > 0:
+            rows = self.tail.read(0, n * codec.block)
+            self.blocks.append(
+                codec.encode(*(rows[x].unflatten(2, (n, codec.block)) for x in ("k", "v")))
+            )
+            self.tail.drop_first(n * codec.block)
+            self.stats.blocks_encoded += n
+
+    def _evict_by_score(self, retention: Scored) -> None:
+        if len(self.tail) < retention.budget + retention.every:
+            return
+        rows = self.tail.read()
+        keep = retention.keep(
+            rows["k"], rows["v"], (self.padding - self._tail_start()).clamp_min(0)
+        )[..., None]
+        self.tail.map(lambda x: x.gather(2, keep.expand(-1, -1, -1, x.shape[-1])))
+        self._since_eviction = 0
+
+    def _reopen_last_block(self) -> None:
+        """Decode the newest block back into the front of the tail."""
+        rows = self.tail.read()
+        block = self.blocks.read(len(self.blocks) - 1)
+        keys, values = self.strategy.codec.decode(self.place.fetch(block, self.device))
+        self.blocks.drop_last(1)
+        opened = {"k": torch.cat((keys.flatten(2, 3).to(self.dtype), rows["k"]), dim=2)}
+        opened["v"] = torch.cat((values.flatten(2, 3).to(self.dtype), rows["v"]), dim=2)
+        self.tail.clear()
+        self.tail.append(opened)
+
+    def _check_rollback(self, n: int) -> None:
+        retention = self.strategy.retention
+        if isinstance(retention, Scored):
+            lost = self._tail_start() > 0 and n > self._since_eviction
+        elif retention.newest is None:
+            lost = False
+        else:
+            lost = (
+                max(0, self.seen - n - (retention.newest - 1) - retention.first)
+                < self._first_stored()
+            )
+        if lost:
+            raise Evicted(
+                f"cannot crop {n} of {self.seen} tokens: {retention} has dropped tokens that would be visible then; "
+                "call activate_past_recording() before the tokens that may be taken back"
+            )
+
+    def _check_room(self, S: int) -> None:
+        limit = self.strategy.layout.limit
+        if limit is not None and self.seen + S > limit:
+            raise CacheOverflow(overflow(limit, self.seen, S))
+
+    # ----------------------------------------------------------------------------------------------
+    # pins in the tail
+
+    def _lay_pins(self, first: int) -> None:
+        """Write the pins over the columns right before the window, so that one slice holds both: nothing else moves."""
+        row = first - self._tail_start()
+        under = self.tail.read(row, row + self.pins.count)
+        self._overlay = (first, under["k"].clone(), under["v"].clone())
+        keys, values = self.pins.at(first, self.padding, lambda: self._overlay[1:])
+        under["k"].copy_(keys)
+        under["v"].copy_(values)
+
+    def _lift_pins(self) -> None:
+        """Undo `_lay_pins` where its columns are still stored."""
+        if self._overlay is None:
+            return
+        column, keys, values = self._overlay
+        self._overlay = None
+        gone = max(0, self._tail_start() - column)  # columns of the overlay that were dropped since
+        if gone < keys.shape[2]:
+            row = column + gone - self._tail_start()
+            under = self.tail.read(row, row + keys.shape[2] - gone)
+            under["k"].copy_(keys[:, :, gone:])
+            under["v"].copy_(values[:, :, gone:])
+
+
+def overflow(limit: int, seen: int, S: int) -> str:
+    """The text of CacheOverflow."""
+    return (
+        f"static cache of max_cache_len={limit} holds {seen} tokens and cannot take {S} more; "
+        f"build it with max_cache_len >= {seen + S}"
+    )

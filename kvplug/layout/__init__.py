@@ -1,0 +1,1 @@
+"""How room for tokens is reserved: `growing` or `static`."""

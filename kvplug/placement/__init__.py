@@ -1,0 +1,1 @@
+"""Where encoded blocks are kept: one idea per file, all behind `base.Placement`."""

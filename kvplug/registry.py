@@ -1,0 +1,161 @@
+"""Short names -> stage classes, imported when first asked for and open to third parties by entry point."""
+
+from __future__ import annotations
+
+import warnings
+from importlib import import_module
+from importlib.metadata import entry_points
+
+from .errors import MissingExtra, SpecError, unknown
+from .stage import Stage
+
+KINDS = ("retention", "layout", "codec", "placement", "kernel")
+
+# module that an optional stage imports -> extra of kvplug that installs it
+EXTRAS: dict[str, str] = {}
+
+
+class Registry:
+    """The stages of one kind. A target is a class, or `module:Class`, imported when first asked for."""
+
+    def __init__(self, kind: str, group: str, builtin: dict[str, str]) -> None:
+        self.kind, self.group = kind, group
+        self._targets: dict[str, str | type[Stage]] = dict(builtin)
+        self._scanned = False
+
+    def names(self) -> list[str]:
+        """Every known name, plugins included, sorted."""
+        self._scan()
+        return sorted(self._targets)
+
+    def __contains__(self, name: str) -> bool:
+        if name not in self._targets:
+            self._scan()
+        return name in self._targets
+
+    def get(self, name: str) -> type[Stage]:
+        """The class behind `name`. Raises SpecError where nobody registered it, MissingExtra where a package lacks."""
+        if name not in self:
+            raise SpecError(
+                unknown(
+                    self.kind,
+                    name,
+                    self.names(),
+                    f"Plugins register in entry-point group {self.group!r}.",
+                )
+            )
+        target = self._targets[name]
+        if isinstance(target, str):
+            target = self._targets[name] = self._load(name, target)
+        return target
+
+    def register(self, name: str, target: str | type[Stage]) -> None:
+        """Add a stage by hand. The same target again is a no-op; another one under a taken name raises SpecError."""
+        if self._targets.setdefault(name, target) != target:
+            raise SpecError(f"{self.kind} {name!r} is taken by {self._targets[name]!r}")
+
+    def _load(self, name: str, target: str) -> type[Stage]:
+        module, _, attribute = target.partition(":")
+        try:
+            cls = getattr(import_module(module), attribute)
+        except ModuleNotFoundError as e:
+            if e.name not in EXTRAS:  # the plugin's own bug: let it through
+                raise
+            raise MissingExtra(
+                f"{self.kind} {name!r} needs {e.name!r}: pip install 'kvplug[{EXTRAS[e.name]}]'"
+            ) from e
+        if not (isinstance(cls, type) and issubclass(cls, Stage) and cls.kind == self.kind):
+            raise SpecError(
+                f"{self.kind} {name!r} is {cls!r}, not a {self.kind} (see kvplug.{self.kind.title()})"
+            )
+        if cls.name != name:
+            raise SpecError(
+                f"{self.kind} registered as {name!r} calls itself {cls.name!r}: its spec would not parse back"
+            )
+        return cls
+
+    def _scan(self) -> None:
+        if self._scanned:
+            return
+        self._scanned = True
+        for ep in entry_points(group=self.group):
+            owner = next((r.kind for r in REGISTRIES.values() if ep.name in r._targets), None)
+            if owner is None:
+                self._targets[ep.name] = ep.value
+            elif self._targets.get(ep.name) != ep.value:
+                warnings.warn(
+                    f"{self.kind} {ep.name!r} from {ep.value!r} ignored: the name is a {owner} already",
+                    stacklevel=4,
+                )
+
+
+REGISTRIES: dict[str, Registry] = {
+    "retention": Registry(
+        "retention",
+        "kvplug.retention",
+        {
+            "full": "kvplug.retention.full:Full",
+            "window": "kvplug.retention.window:Window",
+            "sinks": "kvplug.retention.sinks:Sinks",
+        },
+    ),
+    "layout": Registry(
+        "layout",
+        "kvplug.layout",
+        {"growing": "kvplug.layout.growing:Growing", "static": "kvplug.layout.static:Static"},
+    ),
+    "codec": Registry(
+        "codec",
+        "kvplug.codecs",
+        {
+            "exact": "kvplug.codecs.exact:Exact",
+            "int8": "kvplug.codecs.affine:Int8",
+            "int4": "kvplug.codecs.affine:Int4",
+            "int2": "kvplug.codecs.affine:Int2",
+        },
+    ),
+    "placement": Registry(
+        "placement",
+        "kvplug.placement",
+        {
+            "device": "kvplug.placement.device:Device",
+            "host": "kvplug.placement.host:Host",
+            "disk": "kvplug.placement.disk:Disk",
+        },
+    ),
+    "kernel": Registry(
+        "kernel",
+        "kvplug.kernels",
+        {"auto": "kvplug.kernels.auto:Auto", "reference": "kvplug.kernels.reference:Reference"},
+    ),
+}
+
+
+def find(name: str) -> type[Stage]:
+    """The stage class called `name`, of whatever kind: names are unique over all kinds.
+
+    Raises SpecError with the nearest match where no kind knows it.
+    """
+    for registry in REGISTRIES.values():
+        if name in registry:
+            return registry.get(name)
+    known = [n for registry in REGISTRIES.values() for n in registry.names()]
+    groups = ", ".join(r.group for r in REGISTRIES.values())
+    raise SpecError(
+        unknown("cache stage", name, known, f"Plugins register in entry-point groups {groups}.")
+    )
+
+
+def available() -> dict[str, dict[str, str]]:
+    """Every stage by kind, with the first line of its documentation. What cannot be imported says why."""
+    return {
+        kind: {name: _one_line(registry, name) for name in registry.names()}
+        for kind, registry in REGISTRIES.items()
+    }
+
+
+def _one_line(registry: Registry, name: str) -> str:
+    try:
+        return (registry.get(name).__doc__ or "").strip().partition("\n")[0]
+    except Exception as e:  # a broken plugin must not hide the others
+        return f"unavailable: {e}"

@@ -1,0 +1,1 @@
+"""Which tokens stay: one idea per file, all behind `base.Retention`."""

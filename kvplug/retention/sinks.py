@@ -1,0 +1,31 @@
+"""`sinks`: the first tokens and the newest ones."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from ..stage import option
+from .base import Retention
+
+
+@dataclass(frozen=True)
+class Sinks(Retention):
+    """Keep the first `sinks` tokens and the newest `window` (StreamingLLM, arXiv:2309.17453).
+
+    As in the paper, positions are those inside the cache: the sinks are rotated to stand right
+        before the window, so a model never meets a distance beyond `sinks + window` and generation
+        has no end. Only the sinks are rotated, on each step and from their original, so no error
+        adds up. Departure: the window is not re-rotated (distances inside it do not change). Models
+        without rotary positions keep their own.
+    """
+
+    name: ClassVar[str] = "sinks"
+    sinks: int = option(4, "first tokens of every sequence that stay", ge=1)
+    window: int = option(1020, "newest tokens that a query sees, itself included", ge=1)
+
+    @property
+    def first(self) -> int:
+        return self.sinks
+
+    @property
+    def newest(self) -> int:
+        return self.window

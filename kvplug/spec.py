@@ -1,0 +1,161 @@
+"""Strategies as text: `sinks(sinks=4, window=1020)+int8+host`, parsed to frozen dataclasses and
+printed back.
+
+Grammar: stage names joined by `+`, at most one of each kind, each with optional keyword arguments
+    written as Python literals. What is left out takes the default:
+    `full+growing+exact+device+auto`.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from . import registry
+from .errors import SpecError, unknown
+
+if TYPE_CHECKING:
+    from .codecs.base import Codec
+    from .kernels.base import Kernel
+    from .layout.base import Layout
+    from .placement.base import Placement
+    from .retention.base import Retention
+    from .stage import Stage
+
+PREFIX = "kvplug:"
+# Whole strategies under one name. The names without prefix belong to transformers in `generate`.
+PRESETS = {
+    "kvplug:static": "static",
+    "kvplug:sliding_window": "window",
+    "kvplug:quantized": "int4",
+    "kvplug:offloaded": "host",
+}
+DEFAULTS = {
+    "retention": "full",
+    "layout": "growing",
+    "codec": "exact",
+    "placement": "device",
+    "kernel": "auto",
+}
+
+
+@dataclass(frozen=True)
+class Strategy:
+    """One stage of each kind. `repr` is the spec in full, `str` the shortest spec; both parse back to an equal strategy."""
+
+    retention: Retention
+    layout: Layout
+    codec: Codec
+    placement: Placement
+    kernel: Kernel
+
+    def __post_init__(self) -> None:
+        for stage in self.stages():
+            if reason := stage.conflict(self):
+                raise SpecError(f"{self}: {reason}")
+
+    def stages(self) -> list[Stage]:
+        """The five stages in the order of the pipeline."""
+        return [getattr(self, kind) for kind in registry.KINDS]
+
+    def replace(self, **stages: Stage) -> Strategy:
+        """The same strategy with some stages exchanged."""
+        return dataclasses.replace(self, **stages)
+
+    def __repr__(self) -> str:
+        return "+".join(map(repr, self.stages()))
+
+    def __str__(self) -> str:
+        words = [str(stage) for stage in self.stages() if str(stage) != DEFAULTS[stage.kind]]
+        return "+".join(words) or DEFAULTS["layout"]
+
+
+def parse(spec: str, arguments: dict[str, Any] | None = None) -> Strategy:
+    """Read a spec.
+
+    Args:
+        spec: e.g. `"int4"`, `"kvplug:static"`, `"window(length=4096)+int8+host"`.
+        arguments: more arguments by name (`cache_config` of `generate`), given to the stage that
+            knows them; never changed. `{"group": 32}` with `"int4"` is `"int4(group=32)"`.
+
+    Raises:
+        SpecError: bad syntax, an unknown or repeated stage, an unknown, ill-typed or out-of-range
+            argument, or stages that do not compose. The text names the value, what is accepted and
+            the nearest match.
+        MissingExtra: a stage's optional dependency is not installed.
+    """
+    if not isinstance(spec, str):
+        raise SpecError(f"a cache strategy is a string such as 'int4+host', got {spec!r}")
+    body = PRESETS.get(spec, spec.removeprefix(PREFIX))
+    chosen: dict[str, tuple[type[Stage], dict[str, Any]]] = {}
+    for name, given in _terms(body, spec):
+        cls = registry.find(name)
+        if cls.kind in chosen:
+            raise SpecError(
+                f"{spec!r}: two stages of kind {cls.kind}, {chosen[cls.kind][0].name!r} and {name!r}; give one"
+            )
+        chosen[cls.kind] = (cls, given)
+    for kind, name in DEFAULTS.items():
+        chosen.setdefault(kind, (registry.find(name), {}))
+    for name, value in (arguments or {}).items():
+        cls, given = _owner(name, [cls for cls, _ in chosen.values()], spec), {name: value}
+        if name in chosen[cls.kind][1]:
+            raise SpecError(f"{spec!r}: {name!r} is given twice, in the spec and as an argument")
+        chosen[cls.kind] = (cls, chosen[cls.kind][1] | given)
+    return Strategy(**{kind: chosen[kind][0].make(chosen[kind][1]) for kind in registry.KINDS})
+
+
+def _terms(body: str, spec: str) -> list[tuple[str, dict[str, Any]]]:
+    """`a+b(x=1)` -> [("a", {}), ("b", {"x": 1})], read by Python's own parser, nothing evaluated."""
+
+    def fail(why: str) -> SpecError:
+        return SpecError(
+            f"cannot read cache strategy {spec!r}: {why}. Write e.g. 'sinks(sinks=4, window=1020)+int8+host'"
+        )
+
+    try:
+        node = ast.parse(body.strip(), mode="eval").body
+    except SyntaxError as e:
+        raise fail(e.msg) from None
+    nodes: list[ast.expr] = []
+    while isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
+        nodes.append(node.right)
+        node = node.left
+    nodes.append(node)
+    terms = []
+    for term in reversed(nodes):
+        name, call = (term.func, term) if isinstance(term, ast.Call) else (term, None)
+        if not isinstance(name, ast.Name):
+            raise fail(f"{ast.unparse(term)!r} is not a stage name")
+        given: dict[str, Any] = {}
+        if call is not None:
+            if call.args:
+                raise fail(f"{ast.unparse(call)!r} has an argument without a name")
+            for keyword in call.keywords:
+                if keyword.arg is None:
+                    raise fail(f"{ast.unparse(call)!r} unpacks arguments")
+                try:
+                    given[keyword.arg] = ast.literal_eval(keyword.value)
+                except ValueError:
+                    raise fail(
+                        f"{keyword.arg}={ast.unparse(keyword.value)} is not a literal"
+                    ) from None
+        terms.append((name.id, given))
+    return terms
+
+
+def _owner(argument: str, classes: list[type[Stage]], spec: str) -> type[Stage]:
+    """The one stage of the strategy that has this argument."""
+    fields = {cls: [f.name for f in dataclasses.fields(cls)] for cls in classes}
+    owners = [cls for cls, names in fields.items() if argument in names]
+    if not owners:
+        known = [name for names in fields.values() for name in names]
+        raise SpecError(
+            unknown(f"argument of {spec!r}:", argument, known, "" if known else "It takes none.")
+        )
+    if len(owners) > 1:
+        names = " and ".join(repr(cls.name) for cls in owners)
+        raise SpecError(f"{spec!r}: {argument!r} belongs to {names}; write it inside the spec")
+    return owners[0]

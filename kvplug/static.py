@@ -1,0 +1,258 @@
+"""`static` layers: one compiled graph for a decode step at every length."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers.cache_utils import StaticLayer as TransformersStaticLayer
+
+from .errors import CacheOverflow
+from .layer import overflow
+from .stored import Stored
+from .view import views
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from torch import Tensor
+
+    from .codecs.base import Encoded
+    from .spec import Strategy
+    from .stats import Stats
+
+
+class StaticLayer(TransformersStaticLayer):
+    """transformers' static layer, with rollback, batch operations and an overflow that is always an
+    error.
+
+    The number of tokens is a tensor that is changed in place: reading it as an integer, as eager
+        calls do, would break a compiled graph, so there the check is an assertion inside the graph.
+    """
+
+    is_croppable = True
+
+    def __init__(self, strategy: Strategy, stats: Stats) -> None:
+        super().__init__(max_cache_len=strategy.layout.limit)
+        self.strategy, self.stats = strategy, stats
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Add tokens [B, H, S, D] and return all room [B, H, max_cache_len, D]; transformers' mask hides what is empty."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        self._check_room(key_states.shape[-2])
+        return super().update(key_states, value_states, *args, **kwargs)
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """All room, from column 0."""
+        self._check_room(query_length)
+        return self.max_cache_len, 0
+
+    def held(self) -> int:
+        """Tokens kept: all that were seen."""
+        return int(self.cumulative_length)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the newest `-tokens_to_remove` tokens; what they left behind is masked and overwritten."""
+        if tokens_to_remove > 0:
+            raise ValueError(
+                f"crop takes minus the number of tokens to remove, got {tokens_to_remove}"
+            )
+        self.cumulative_length.add_(tokens_to_remove).clamp_(min=0)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Row i becomes what row beam_idx[i] was; beam_idx [B]."""
+        self._map(lambda x: x.index_select(0, beam_idx.to(x.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Each row `repeats` times."""
+        self._map(lambda x: x.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Only the rows `indices`: positions or a mask."""
+        self._map(lambda x: x[indices.to(x.device)])
+
+    def reset(self) -> None:
+        """Forget all tokens; the room stays, at the address a compiled graph knows."""
+        self.cumulative_length.zero_()
+
+    def _map(self, change: Callable[[Tensor], Tensor]) -> None:
+        if self.is_initialized:
+            self.keys, self.values = _rebatch(self.keys, change), _rebatch(self.values, change)
+            self.batch_size = self.keys.shape[0]
+
+    def _check_room(self, S: int) -> None:
+        limit = self.max_cache_len
+        if torch.compiler.is_compiling():
+            fits = self.cumulative_length + S <= limit
+            torch._assert_async(fits, f"kvplug: static cache of max_cache_len={limit} is full")
+        elif (
+            self.cumulative_length.device.type != "meta" and int(self.cumulative_length) + S > limit
+        ):
+            raise CacheOverflow(overflow(limit, int(self.cumulative_length), S))
+
+
+def _rebatch(x: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:
+    """`change` of x, in place where the batch stays as large: a compiled graph knows the address."""
+    new = change(x)
+    return x.copy_(new) if new.shape == x.shape else new
+
+
+class StaticCodedLayer(StaticLayer):
+    """Encoded blocks and tail in reserved room.
+
+    blocks: encoded tensors [B, H, N + 1, ...] for N = ceil(max_cache_len / block); the last one is
+        a spare
+    tail: keys and values [B, H, R, D] of R = codec.tail + block tokens, the oldest first
+
+    A compiled step encodes the oldest block of the tail each time and writes it to its place when
+    it is due, to the spare block when it is not: no branch, so one graph. It decodes one layer at a
+    time, fused by the compiler. Eager steps encode only what is due and return views, as `Layer`
+    does.
+    """
+
+    def __init__(self, strategy: Strategy, stats: Stats) -> None:
+        # not super().__init__: it would assign keys and values, which are decoded on demand here
+        self.strategy, self.stats, self.max_cache_len = strategy, stats, strategy.layout.limit
+        self.cumulative_length = torch.tensor(0)
+        self.is_initialized = False
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Reserve the room; key_states [B, H, S, Dk], value_states [B, H, S, Dv]."""
+        codec = self.strategy.codec
+        self.dtype, self.device, self.batch_size = (
+            key_states.dtype,
+            key_states.device,
+            key_states.shape[0],
+        )
+        N, R = -(-self.max_cache_len // codec.block), codec.tail + codec.block
+        self.tail = [x.new_zeros(*x.shape[:2], R, x.shape[-1]) for x in (key_states, value_states)]
+        block = codec.encode(*(x[:, :, : codec.block].unsqueeze(2) for x in self.tail))
+        self.blocks: Encoded = {
+            name: x.repeat(1, 1, N + 1, *[1] * (x.dim() - 3)) for name, x in block.items()
+        }
+        self.cumulative_length = self.cumulative_length.to(self.device)
+        self.block_count = torch.zeros((), dtype=torch.long, device=self.device)
+        if not torch.compiler.is_compiling():
+            for x in (*self.blocks.values(), *self.tail, self.cumulative_length, self.block_count):
+                torch._dynamo.mark_static_address(x)
+        self.is_initialized = True
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Add tokens [B, H, S, D]; compiled, one at a time. Returns columns as `get_mask_sizes` announced."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        self._check_room(key_states.shape[-2])
+        if torch.compiler.is_compiling():
+            return self._compiled_step(key_states, value_states)
+        return self._append(key_states, value_states)
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """All room for a decode step, whose shapes must not change; what is in use for longer calls."""
+        self._check_room(query_length)
+        return (self.max_cache_len if query_length == 1 else self.held() + query_length), 0
+
+    @property
+    def keys(self) -> Tensor | None:
+        """The keys held, dense [B, H, T, Dk], a copy; None before the first token."""
+        return (
+            self._stored(self._rest()).dense()[0] if self.is_initialized and self.held() else None
+        )
+
+    @property
+    def values(self) -> Tensor | None:
+        """The values held, dense [B, H, T, Dv], a copy; None before the first token."""
+        return (
+            self._stored(self._rest()).dense()[1] if self.is_initialized and self.held() else None
+        )
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the newest `-tokens_to_remove` tokens; a block that is cut returns to the tail as it was stored."""
+        if tokens_to_remove > 0:
+            raise ValueError(
+                f"crop takes minus the number of tokens to remove, got {tokens_to_remove}"
+            )
+        if not self.is_initialized:
+            return
+        seen, block = max(0, self.held() + tokens_to_remove), self.strategy.codec.block
+        if seen < int(self.block_count) * block:
+            n = seen // block
+            opened = self.strategy.codec.decode(
+                {name: x[:, :, n : n + 1] for name, x in self.blocks.items()}
+            )
+            for tail, x in zip(self.tail, opened, strict=True):
+                tail[:, :, :block] = x.flatten(2, 3)
+            self.block_count.fill_(n)
+        self.cumulative_length.fill_(seen)
+
+    def reset(self) -> None:
+        """Forget all tokens; the room stays, at the address a compiled graph knows."""
+        super().reset()
+        if self.is_initialized:
+            self.block_count.zero_()
+
+    def _map(self, change: Callable[[Tensor], Tensor]) -> None:
+        if self.is_initialized:
+            self.blocks = {name: _rebatch(x, change) for name, x in self.blocks.items()}
+            self.tail = [_rebatch(x, change) for x in self.tail]
+            self.batch_size = self.tail[0].shape[0]
+
+    def _rest(self) -> list[Tensor]:
+        """Keys and values of the tail in use."""
+        n = self.held() - int(self.block_count) * self.strategy.codec.block
+        return [x[:, :, :n] for x in self.tail]
+
+    def _stored(self, tail: list[Tensor], empty: int = 0) -> Stored:
+        blocks = {name: x[:, :, : int(self.block_count)] for name, x in self.blocks.items()}
+        return Stored(self.strategy.codec, None, blocks, 0, tuple(tail), empty)
+
+    def _append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        S, codec = keys.shape[2], self.strategy.codec
+        rows = [torch.cat(pair, dim=2) for pair in zip(self._rest(), (keys, values), strict=True)]
+        self.cumulative_length.add_(S)
+        stored = self._stored(rows, empty=self.max_cache_len - self.held() if S == 1 else 0)
+        n = max(0, (rows[0].shape[2] - codec.tail) // codec.block)  # blocks that are due
+        if n:
+            due = codec.encode(
+                *(x[:, :, : n * codec.block].unflatten(2, (n, codec.block)) for x in rows)
+            )
+            for name, x in due.items():
+                self.blocks[name][:, :, int(self.block_count) : int(self.block_count) + n] = x
+            self.block_count.add_(n)
+            self.stats.blocks_encoded += n
+        for tail, x in zip(self.tail, rows, strict=True):
+            rest = x[:, :, n * codec.block :]
+            tail[:, :, : rest.shape[2]] = rest
+        if not (stored.blocks and stored.block_count) and not stored.empty:
+            return rows[0], rows[1]
+        return views(stored, self.strategy.kernel, self.stats)
+
+    def _compiled_step(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        codec, R = self.strategy.codec, self.tail[0].shape[2]
+        N = next(iter(self.blocks.values())).shape[2] - 1
+        row = self.cumulative_length - self.block_count * codec.block
+        for tail, x in zip(self.tail, (keys, values), strict=True):
+            tail.index_copy_(2, row[None], x)
+        self.cumulative_length.add_(1)
+        # columns: decoded blocks first, the tail after them
+        in_tail = (
+            torch.arange(self.max_cache_len, device=keys.device) - self.block_count * codec.block
+        )
+        decoded = codec.decode({name: x[:, :, :N] for name, x in self.blocks.items()})
+        dense = []
+        for tail, x in zip(self.tail, decoded, strict=True):
+            newest = tail.index_select(2, in_tail.clamp(0, R - 1))
+            oldest = x.flatten(2, 3)[:, :, : self.max_cache_len].to(tail.dtype)
+            dense.append(torch.where((in_tail >= 0)[:, None], newest, oldest))
+        due = row + 1 == R
+        encoded = codec.encode(*(x[:, :, : codec.block].unsqueeze(2) for x in self.tail))
+        for name, x in encoded.items():
+            self.blocks[name].index_copy_(2, torch.where(due, self.block_count, N)[None], x)
+        for tail in self.tail:
+            tail.copy_(torch.where(due, tail.roll(-codec.block, 2), tail))
+        self.block_count.add_(due)
+        return dense[0], dense[1]

@@ -1,0 +1,76 @@
+"""A layer's content as attention sees it in one call: what every kernel reads."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from torch import Tensor
+
+    from .codecs.base import Codec, Encoded
+
+
+@dataclass(frozen=True)
+class Stored:
+    """Columns of attention in order: pinned first tokens, encoded blocks, full-precision tail.
+
+    head: keys [B, H, F, Dk] and values [B, H, F, Dv] of pinned tokens, or None
+    blocks: encoded tensors [B, H, N, ...] on the device that computes; `skip` tokens of the first
+        block are hidden
+    tail: keys [B, H, R, Dk] and values [B, H, R, Dv], the newest, those of this very call included
+    empty: columns after the tail that are reserved only (static layouts); nothing attends to them
+    """
+
+    codec: Codec
+    head: tuple[Tensor, Tensor] | None
+    blocks: Encoded
+    skip: int
+    tail: tuple[Tensor, Tensor]
+    empty: int = 0
+
+    @property
+    def block_count(self) -> int:
+        """N."""
+        return next((x.shape[2] for x in self.blocks.values()), 0)
+
+    @property
+    def length(self) -> int:
+        """T, the number of columns."""
+        head = self.head[0].shape[2] if self.head else 0
+        return (
+            head
+            + self.block_count * self.codec.block
+            - self.skip
+            + self.tail[0].shape[2]
+            + self.empty
+        )
+
+    def pieces(self, blocks_at_once: int = 1) -> Iterator[tuple[Tensor, Tensor]]:
+        """Keys [B, H, t, Dk] and values [B, H, t, Dv] piece by piece, in column order."""
+        if self.head:
+            yield self.head
+        skip = self.skip
+        for i in range(0, self.block_count, blocks_at_once):
+            keys, values = self.codec.decode(
+                {name: x[:, :, i : i + blocks_at_once] for name, x in self.blocks.items()}
+            )
+            yield keys.flatten(2, 3)[:, :, skip:], values.flatten(2, 3)[:, :, skip:]
+            skip = 0
+        if self.tail[0].shape[2]:
+            yield self.tail
+
+    def dense(self) -> tuple[Tensor, Tensor]:
+        """Keys [B, H, T, Dk] and values [B, H, T, Dv], decoded, in the model's dtype."""
+        keys, values = (
+            list(side) for side in zip(*self.pieces(max(self.block_count, 1)), strict=True)
+        )
+        return self._join(keys, self.tail[0]), self._join(values, self.tail[1])
+
+    def _join(self, pieces: list[Tensor], like: Tensor) -> Tensor:
+        empty = like.new_zeros(*like.shape[:2], self.empty, like.shape[-1])
+        return torch.cat([*(x.to(like.dtype) for x in pieces), empty], dim=2)
