@@ -1,16 +1,16 @@
-"""Pluggable KV caches for Hugging Face transformers: name one, `cache_implementation="int4"`, in any `generate` call."""
+"""Pluggable KV caches for Hugging Face transformers, chosen by name in any `generate` call."""
 
 from importlib.metadata import PackageNotFoundError, version
 
 from .cache import Cache, build
-from .codecs.base import Codec
+from .codecs.base import Codec, Encoded
 from .errors import CacheOverflow, Evicted, KvplugError, MissingExtra, SpecError
 from .estimate import estimate
 from .hook import register, unregister
 from .kernels.base import Kernel
 from .layout.base import Layout
 from .placement.base import Place, Placement
-from .registry import available
+from .registry import add, available
 from .retention.base import Retention, Scored
 from .spec import Strategy, parse
 from .stage import option
@@ -24,6 +24,7 @@ __all__ = [
     "Cache",
     "CacheOverflow",
     "Codec",
+    "Encoded",
     "Evicted",
     "Kernel",
     "KvplugError",
@@ -35,6 +36,7 @@ __all__ = [
     "Scored",
     "SpecError",
     "Strategy",
+    "add",
     "available",
     "build",
     "estimate",

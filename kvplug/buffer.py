@@ -5,11 +5,10 @@ from __future__ import annotations
 import copy
 from typing import TYPE_CHECKING
 
-import torch
-
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    import torch
     from torch import Tensor
 
     from .placement.base import Place
@@ -19,12 +18,21 @@ class Buffer:
     """Named tensors [B, H, C, ...] of which rows `start:end` on axis 2 are in use.
 
     A row is a token (keys and values as they came) or an encoded block. What `read` returned stays
-    valid until the next `append`: rows move only there, and only towards the front.
+    valid until the next `append`: rows move only there, and only towards the front. With `steady`
+    it stays valid after that too: rows move to fresh memory only.
     """
 
-    def __init__(self, place: Place, device: torch.device, unit: int, reserve: int = 0) -> None:
-        """A buffer that grows by an eighth, at least `unit` rows, and never shrinks below `reserve` rows."""
+    def __init__(
+        self,
+        place: Place,
+        device: torch.device,
+        unit: int,
+        reserve: int = 0,
+        steady: bool = False,
+    ) -> None:
+        """Grow by an eighth, at least `unit` rows, and never shrink below `reserve` rows."""
         self.place, self.device, self.unit, self.reserve = place, device, unit, reserve
+        self.steady = steady
         self.tensors: dict[str, Tensor] = {}
         self.start = self.end = 0
 
@@ -37,7 +45,7 @@ class Buffer:
         return next((x.shape[2] for x in self.tensors.values()), 0)
 
     def append(self, rows: dict[str, Tensor]) -> None:
-        """Add rows [B, H, n, ...] at the end. Amortised cost: a constant number of copies per row."""
+        """Add rows [B, H, n, ...] at the end; amortised, a constant number of copies per row."""
         n = next(iter(rows.values())).shape[2]
         if self.end + n > self.capacity:
             self._make_room(n, rows)
@@ -61,14 +69,13 @@ class Buffer:
         self.end -= n
 
     def map(self, change: Callable[[Tensor], Tensor]) -> None:
-        """Replace every tensor [B, H, rows, ...] in use by `change` of it (which may change B)."""
-        rows = {name: change(x) for name, x in self.read().items()}
-        capacity = max(self.capacity - self.start, self.reserve)
-        self.start = self.end = 0
-        self.tensors = {}
+        """Replace every tensor [B, H, rows, ...] in use by `change` of it, of any B and rows."""
+        rows, capacity = {n: change(x) for n, x in self.read().items()}, self.capacity - self.start
+        self.clear()
         if rows:
-            self._reallocate(capacity, rows)
+            self._reallocate(max(capacity, self.reserve), rows)
             self.append(rows)
+            self.drop_first(0)
 
     def clear(self) -> None:
         """Forget everything and give the memory back."""
@@ -77,6 +84,9 @@ class Buffer:
     def _make_room(self, n: int, rows: dict[str, Tensor]) -> None:
         live = len(self)
         if self.start >= max(n, self.unit, live // 8):  # enough idle room in front: close the gap
+            if self.steady:
+                self._reallocate(max(live + n, self.capacity - self.start, self.reserve), rows)
+                return
             gap = self.start
             for x in self.tensors.values():
                 for i in range(0, live, gap):  # pieces that do not overlap their own target
@@ -101,7 +111,8 @@ class Buffer:
         self.start, self.end = 0, len(self)
 
     def __deepcopy__(self, memo: dict) -> Buffer:
-        twin = Buffer(copy.deepcopy(self.place, memo), self.device, self.unit, self.reserve)
+        place = copy.deepcopy(self.place, memo)
+        twin = Buffer(place, self.device, self.unit, self.reserve, self.steady)
         if self.tensors:
             twin._reallocate(self.capacity - self.start, self.tensors)
             twin.append(self.read())

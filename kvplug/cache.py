@@ -23,18 +23,18 @@ if TYPE_CHECKING:
 
 
 class Cache(transformers.Cache):
-    """A key-value cache built from a strategy; everything transformers' `Cache` does, and three questions more."""
+    """A cache built from a strategy: all that transformers' `Cache` does, and what it holds."""
 
     def __init__(self, layers: list, strategy: Strategy, stats: Stats) -> None:
         super().__init__(layers=layers)
         self.strategy, self._stats = strategy, stats
 
     def nbytes(self) -> int:
-        """Bytes of every tensor reachable from this cache, shared storage once, reserved room included."""
+        """Bytes of all tensors reachable from here, shared storage once, reserved room included."""
         return sum(_storages(self).values())
 
     def held(self, layer_idx: int = 0) -> int:
-        """Tokens of a layer that the next query can see; `get_seq_length` counts all that were seen."""
+        """Tokens of a layer that the next query can see; `get_seq_length` counts those seen."""
         layer = self.layers[layer_idx]
         return (
             layer.held()
@@ -43,7 +43,7 @@ class Cache(transformers.Cache):
         )
 
     def stats(self) -> dict:
-        """What ran: calls per kernel, dense copies by cause, blocks encoded; and the strategy, which parses back."""
+        """What ran: calls per kernel, dense copies by cause, blocks encoded; and the full spec."""
         return {
             "strategy": repr(self.strategy),
             "resolved_kernel": self.strategy.kernel.resolve().name,
@@ -66,14 +66,15 @@ class Cache(transformers.Cache):
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Add tokens to a layer (see `Layer.update`), after the next layer has started fetching its blocks."""
+        """Add tokens to a layer (see `Layer.update`) while the next layer fetches its blocks."""
         following = self.layers[(layer_idx + 1) % len(self.layers)]
         if isinstance(following, Layer):
             following.prefetch()
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
     def __repr__(self) -> str:
-        return f"kvplug.Cache({str(self.strategy)!r}, layers={len(self.layers)}, seen={self.get_seq_length()})"
+        seen = self.get_seq_length()
+        return f"kvplug.Cache({str(self.strategy)!r}, layers={len(self.layers)}, seen={seen})"
 
 
 def build(
@@ -127,7 +128,7 @@ def build(
     if not any(isinstance(layer, (Layer, OurStaticLayer)) for layer in layers):
         kinds = ", ".join(sorted({type(layer).__name__ for layer in layers})) or "none"
         raise SpecError(
-            f"{strategy}: {type(config).__name__} has no attention layer it could serve, only {kinds}"
+            f"{strategy}: {type(config).__name__} has no attention layer it could serve: {kinds}"
         )
     return Cache(layers, strategy, stats)
 
@@ -135,7 +136,7 @@ def build(
 def _layer(
     theirs: Any, strategy: Strategy, place: Any, stats: Stats, rotation: Rotation | None
 ) -> Any:
-    """Our layer for one of transformers' dynamic cache, or that layer itself where it is not plain attention."""
+    """Our layer in the place of transformers'; where that is not plain attention, it stays."""
     if type(theirs) is DynamicLayer:
         return Layer(strategy, place, stats, rotation)
     if type(theirs) is DynamicSlidingWindowLayer:
@@ -145,7 +146,7 @@ def _layer(
 
 
 def is_ours(name: Any) -> bool:
-    """Whether `generate` leaves this `cache_implementation` to kvplug: any text that transformers does not know."""
+    """Whether a `cache_implementation` is left to us: any text transformers does not know."""
     from transformers.generation.configuration_utils import ALL_CACHE_IMPLEMENTATIONS
 
     return isinstance(name, str) and (
@@ -154,7 +155,7 @@ def is_ours(name: Any) -> bool:
 
 
 def _storages(root: object) -> dict[int, int]:
-    """Bytes by storage of all tensors reachable from an object through containers and attributes."""
+    """Bytes by storage of all tensors reachable through containers and attributes."""
     found: dict[int, int] = {}
     todo, met = [root], set()
     while todo:

@@ -8,7 +8,8 @@ import sys
 from .errors import KvplugError
 
 STRATEGIES = (
-    "growing", "kvplug:static", "int8", "int4", "int2", "window(length=4096)", "sinks", "sinks+int8", "int4+host", "disk",
+    "growing", "kvplug:static", "int8", "int4", "int2", "window(length=4096)", "sinks",
+    "sinks+int8", "int4+host", "disk",
 )  # fmt: skip
 
 
@@ -22,7 +23,7 @@ def main(argv: list[str] | None = None) -> int:
     sizes = commands.add_parser(
         "estimate",
         help="bytes held per strategy, from a config without weights",
-        epilog="example: kvplug estimate --model HuggingFaceTB/SmolLM2-135M-Instruct --context 32768 int4 sinks+int8",
+        epilog="example: kvplug estimate --model Qwen/Qwen3-8B --context 32768 int4 sinks",
     )
     sizes.add_argument("strategies", nargs="*", help=f"default: {', '.join(STRATEGIES)}")
     sizes.add_argument("--model", required=True, help="Hub id, local folder or config.json")

@@ -31,7 +31,7 @@ class Evicted(KvplugError, RuntimeError):
 
 
 def unknown(what: str, value: object, accepted: list[str], note: str = "") -> str:
-    """`unknown codec 'imt8'. Did you mean 'int8'? Known: int2, int4, int8.`"""
+    """Say what is wrong: `unknown codec 'imt8'. Did you mean 'int8'? Known: int2, int4, int8.`."""
     near = get_close_matches(str(value).lower(), [a.lower() for a in accepted], n=1, cutoff=0.5)
     hint = f" Did you mean {near[0]!r}?" if near else ""
     known = f" Known: {', '.join(accepted)}." if accepted else ""

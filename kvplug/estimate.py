@@ -1,4 +1,4 @@
-"""Bytes a strategy will hold, from a config alone: the real cache is filled with tensors that have no data."""
+"""Bytes a strategy will hold, from a config alone: a real cache filled with data-less tensors."""
 
 from __future__ import annotations
 
@@ -22,8 +22,7 @@ def estimate(
     batch: int = 1,
     dtype: torch.dtype | None = None,
 ) -> int:
-    """Bytes that a cache holds after a prompt of `context` tokens in `batch` rows: what its
-    `nbytes()` will say.
+    """Bytes a cache will hold after a prompt of `context` tokens: what its `nbytes()` says then.
 
     Args:
         spec: a strategy; a static one reserves `context` tokens unless it says otherwise.

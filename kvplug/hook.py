@@ -17,13 +17,14 @@ from transformers.generation.utils import GenerationMixin
 
 from .cache import Cache, build, is_ours
 from .errors import SpecError
+from .layout.growing import Growing
 from .spec import parse
 
 _originals: dict[str, Any] = {}
 
 
 def register() -> None:
-    """Make strategies known to `generate`. `import kvplug` does this; a second call changes nothing."""
+    """Make strategies known to `generate`, as `import kvplug` does; again changes nothing."""
     if _originals:
         return
     _originals["validate"] = GenerationConfig.validate
@@ -71,24 +72,34 @@ def _prepare(original: Any) -> Any:
         if not ours or given is not None or generation_config.use_cache is False:
             if isinstance(given, Cache):
                 given.set_padding(model_kwargs.get("attention_mask"))
+            if ours and generation_config.is_assistant:
+                # an assistant's later rounds bring the cache of the first, and the target's config
+                generation_config = _without_ours(generation_config, static=False)
             return prepare(generation_config)
         name = generation_config.cache_implementation
         if not self._supports_default_dynamic_cache():
             raise SpecError(
-                f"{type(self).__name__} builds its own kind of cache: cache_implementation={name!r} cannot apply"
+                f"{type(self).__name__} builds its own kind of cache: "
+                f"cache_implementation={name!r} cannot apply"
             )
+        strategy = parse(name, generation_config.cache_config)
+        if generation_config.is_assistant:
+            # one round of an assistant does not know how long the sequence will be
+            strategy = strategy.replace(layout=Growing())
+        # prompt lookup guesses beyond the last token
+        reserve = max_cache_length + (generation_config.prompt_lookup_num_tokens or 0)
         cache = build(
-            name,
+            strategy,
             self.config.get_text_config(decoder=True),
-            max_cache_len=max(max_cache_length, generation_config.max_cache_len or 0),
-            cache_config=generation_config.cache_config,
+            max_cache_len=max(reserve, generation_config.max_cache_len or 0),
         )
         cache.set_padding(model_kwargs.get("attention_mask"))
         result = prepare(_without_ours(generation_config, static=False))
         slots = [key for key in ("past_key_values", "cache_params") if key in model_kwargs]
         if not slots:
             raise SpecError(
-                f"transformers prepared no cache for {type(self).__name__}: {name!r} cannot take its place"
+                f"transformers prepared no cache for {type(self).__name__}: "
+                f"{name!r} cannot take its place"
             )
         if isinstance(model_kwargs[slots[0]], EncoderDecoderCache):
             model_kwargs[

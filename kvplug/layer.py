@@ -1,4 +1,4 @@
-"""One layer's cache: retention -> layout -> codec -> placement, behind transformers' layer interface."""
+"""One layer's cache: retention -> layout -> codec -> placement, as a layer of transformers."""
 
 from __future__ import annotations
 
@@ -54,6 +54,7 @@ class Layer(CacheLayerMixin):
         is_sliding: bool = False,
     ) -> None:
         self.strategy, self.place, self.stats, self.is_sliding = strategy, place, stats, is_sliding
+        self.kernel = strategy.kernel.resolve()
         self.blocked = strategy.codec.name != "exact" or strategy.placement.name != "device"
         self.pins = Pins(strategy.retention.first, rotation) if strategy.retention.first else None
         self.padding: Tensor | None = None  # [B] leading padding tokens of each row
@@ -64,16 +65,15 @@ class Layer(CacheLayerMixin):
         self.is_initialized = False
         self.seen = 0
         self._since_eviction = 0  # tokens that retention has not judged yet
-        self._overlay: tuple[int, Tensor, Tensor] | None = (
-            None  # first column, keys and values that pins stand upon
-        )
+        # first column, keys and values of what pins stand upon
+        self._overlay: tuple[int, Tensor, Tensor] | None = None
         self._fetched: dict[str, Tensor] | None = None  # blocks under way to the device
 
     # ---------------------------------------------------------------- what transformers calls in a
     # forward pass
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Learn dtype and device from the first tokens [B, H, S, D] and reserve what a static layout asks for."""
+        """Learn dtype and device from tokens [B, H, S, D]; reserve what a static layout asks."""
         self.dtype, self.device = key_states.dtype, key_states.device
         retention, codec = self.strategy.retention, self.strategy.codec
         room = self.strategy.layout.limit or 0  # columns reserved ahead
@@ -81,9 +81,9 @@ class Layer(CacheLayerMixin):
             room = min(room, retention.first + retention.newest + codec.block)
         tail_room = min(room, codec.tail + codec.block) if self.blocked else room
         self.tail = Buffer(OnDevice(), self.device, 16, tail_room)
-        self.blocks = Buffer(
-            self.place, self.device, 1, -(-room // codec.block) if self.blocked else 0
-        )
+        # steady: new blocks come while attention still reads what `update` returned
+        block_room = -(-room // codec.block) if self.blocked else 0
+        self.blocks = Buffer(self.place, self.device, 1, block_room, steady=True)
         if self.padding is None:
             self.padding = torch.zeros(key_states.shape[0], dtype=torch.long, device=self.device)
         self._last_pin = (
@@ -154,12 +154,12 @@ class Layer(CacheLayerMixin):
 
     @property
     def keys(self) -> Tensor | None:
-        """The keys the next query can see, dense [B, H, T, Dk], a copy; None before the first token."""
+        """The keys a next query can see, dense [B, H, T, Dk], a copy; None before any token."""
         return self._dense()[0] if self.seen else None
 
     @property
     def values(self) -> Tensor | None:
-        """The values the next query can see, dense [B, H, T, Dv], a copy; None before the first token."""
+        """The values a next query can see, dense [B, H, T, Dv], a copy; None before any token."""
         return self._dense()[1] if self.seen else None
 
     def _dense(self) -> tuple[Tensor, Tensor]:
@@ -176,7 +176,7 @@ class Layer(CacheLayerMixin):
     # transformers' API
 
     def set_padding(self, padding: Tensor) -> None:
-        """Leading padding tokens of each row, [B] int; known before the first token (`Cache.set_padding`)."""
+        """Leading padding tokens of each row, [B] int, told before the first token."""
         self.padding = padding
         if self.is_initialized:
             self.padding = padding.to(self.device)
@@ -284,7 +284,7 @@ class Layer(CacheLayerMixin):
         if head is None and not blocks:
             return tail["k"], tail["v"]
         stored = Stored(self.strategy.codec, head, blocks, skip, (tail["k"], tail["v"]))
-        return views(stored, self.strategy.kernel, self.stats)
+        return views(stored, self.kernel, self.stats)
 
     def _read(self, begin: int, end: int) -> tuple[Tensor, Tensor]:
         """Columns begin:end, decoded where encoded, without pins: [B, H, end - begin, D]."""
@@ -297,7 +297,7 @@ class Layer(CacheLayerMixin):
         return dense[0][:, :, : end - begin], dense[1][:, :, : end - begin]
 
     def _blocks_from(self, column: int) -> tuple[dict[str, Tensor], int]:
-        """Blocks, on the device, from the one that holds `column` on; and how many of its tokens come before it."""
+        """Blocks, on the device, from the one with `column` on; how many of its tokens precede."""
         if column >= self._tail_start():
             return {}, 0
         n, skip = divmod(column - self._first_stored(), self.strategy.codec.block)
@@ -310,7 +310,7 @@ class Layer(CacheLayerMixin):
     # dropping, taking back
 
     def _settle(self) -> None:
-        """Drop what no later query can see, then cut, encode and place the blocks that the tail can spare."""
+        """Drop what no later query can see, then encode and place the blocks the tail can spare."""
         retention, codec = self.strategy.retention, self.strategy.codec
         if isinstance(retention, Scored):
             self._evict_by_score(retention)
@@ -368,8 +368,8 @@ class Layer(CacheLayerMixin):
             )
         if lost:
             raise Evicted(
-                f"cannot crop {n} of {self.seen} tokens: {retention} has dropped tokens that would be visible then; "
-                "call activate_past_recording() before the tokens that may be taken back"
+                f"cannot crop {n} of {self.seen} tokens: {retention} has dropped some that would be "
+                "visible then; call activate_past_recording() before tokens that may be taken back"
             )
 
     def _check_room(self, S: int) -> None:
@@ -381,7 +381,7 @@ class Layer(CacheLayerMixin):
     # pins in the tail
 
     def _lay_pins(self, first: int) -> None:
-        """Write the pins over the columns right before the window, so that one slice holds both: nothing else moves."""
+        """Write the pins over the columns right before the window: one slice then holds both."""
         row = first - self._tail_start()
         under = self.tail.read(row, row + self.pins.count)
         self._overlay = (first, under["k"].clone(), under["v"].clone())

@@ -27,17 +27,15 @@ class Pins:
         self.values: Tensor | None = None  # [B, H, count, Dv]
 
     def capture(self, keys: Tensor, values: Tensor, seen: int, padding: Tensor) -> None:
-        """Take what is ours of new tokens: keys [B, H, S, Dk] and values [B, H, S, Dv], the first
-        of them at `seen`.
+        """Take what is ours of new tokens, of which the first stands at column `seen`.
 
-        padding: [B] leading padding tokens of each row.
+        keys [B, H, S, Dk], values [B, H, S, Dv]; padding [B]: leading padding tokens of each row.
         """
         if self.keys is None:
             self.keys = keys.new_zeros(*keys.shape[:2], self.count, keys.shape[-1])
             self.values = values.new_zeros(*values.shape[:2], self.count, values.shape[-1])
-        column = (
-            padding[:, None] + torch.arange(self.count, device=padding.device) - seen
-        )  # [B, count] among the new
+        pins = torch.arange(self.count, device=padding.device)
+        column = padding[:, None] + pins - seen  # [B, count], among the new tokens
         here = ((column >= 0) & (column < keys.shape[2]))[:, None, :, None]
         column = column.clamp(0, keys.shape[2] - 1)[:, None, :, None]
         self.keys = torch.where(here, _gather(keys, column), self.keys)

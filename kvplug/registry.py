@@ -1,4 +1,4 @@
-"""Short names -> stage classes, imported when first asked for and open to third parties by entry point."""
+"""Short names -> stage classes, imported when asked for; third parties add by entry point."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ EXTRAS: dict[str, str] = {}
 
 
 class Registry:
-    """The stages of one kind. A target is a class, or `module:Class`, imported when first asked for."""
+    """The stages of one kind. A target is a class, or `module:Class`, imported when asked for."""
 
     def __init__(self, kind: str, group: str, builtin: dict[str, str]) -> None:
         self.kind, self.group = kind, group
@@ -34,25 +34,24 @@ class Registry:
         return name in self._targets
 
     def get(self, name: str) -> type[Stage]:
-        """The class behind `name`. Raises SpecError where nobody registered it, MissingExtra where a package lacks."""
+        """The class behind `name`.
+
+        Raises SpecError where nobody registered it, MissingExtra where its package lacks.
+        """
         if name not in self:
-            raise SpecError(
-                unknown(
-                    self.kind,
-                    name,
-                    self.names(),
-                    f"Plugins register in entry-point group {self.group!r}.",
-                )
-            )
+            note = f"Plugins register in entry-point group {self.group!r}."
+            raise SpecError(unknown(self.kind, name, self.names(), note))
         target = self._targets[name]
         if isinstance(target, str):
             target = self._targets[name] = self._load(name, target)
         return target
 
     def register(self, name: str, target: str | type[Stage]) -> None:
-        """Add a stage by hand. The same target again is a no-op; another one under a taken name raises SpecError."""
-        if self._targets.setdefault(name, target) != target:
-            raise SpecError(f"{self.kind} {name!r} is taken by {self._targets[name]!r}")
+        """Add a stage by hand: the same again replaces it, another one is a SpecError."""
+        taken = self._targets.get(name, target)
+        if _origin(taken) != _origin(target):
+            raise SpecError(f"the name {name!r} is taken by {self.kind} {_origin(taken)}")
+        self._targets[name] = target
 
     def _load(self, name: str, target: str) -> type[Stage]:
         module, _, attribute = target.partition(":")
@@ -65,12 +64,11 @@ class Registry:
                 f"{self.kind} {name!r} needs {e.name!r}: pip install 'kvplug[{EXTRAS[e.name]}]'"
             ) from e
         if not (isinstance(cls, type) and issubclass(cls, Stage) and cls.kind == self.kind):
-            raise SpecError(
-                f"{self.kind} {name!r} is {cls!r}, not a {self.kind} (see kvplug.{self.kind.title()})"
-            )
+            raise SpecError(f"{self.kind} {name!r} is {cls!r}, not a kvplug.{self.kind.title()}")
         if cls.name != name:
             raise SpecError(
-                f"{self.kind} registered as {name!r} calls itself {cls.name!r}: its spec would not parse back"
+                f"{self.kind} registered as {name!r} calls itself {cls.name!r}: "
+                "its spec would not parse back"
             )
         return cls
 
@@ -84,9 +82,14 @@ class Registry:
                 self._targets[ep.name] = ep.value
             elif self._targets.get(ep.name) != ep.value:
                 warnings.warn(
-                    f"{self.kind} {ep.name!r} from {ep.value!r} ignored: the name is a {owner} already",
-                    stacklevel=4,
+                    f"{self.kind} {ep.name!r} from {ep.value!r} ignored: a {owner} has the name",
+                    stacklevel=2,
                 )
+
+
+def _origin(target: str | type[Stage]) -> str:
+    """Where a target comes from, as `module:Class`."""
+    return target if isinstance(target, str) else f"{target.__module__}:{target.__qualname__}"
 
 
 REGISTRIES: dict[str, Registry] = {
@@ -146,8 +149,21 @@ def find(name: str) -> type[Stage]:
     )
 
 
+def add(cls: type[Stage]) -> type[Stage]:
+    """Make a stage known by its `name`, without an entry point; usable as a decorator.
+
+    The same class defined again, as when a notebook cell runs twice, replaces itself. Raises
+    SpecError where the class is no stage, or a stage of any kind has its name already.
+    """
+    if not (isinstance(cls, type) and issubclass(cls, Stage) and hasattr(cls, "name")):
+        raise SpecError(f"{cls!r} is not a stage with a name: subclass kvplug.Codec, Scored, ...")
+    owner = next((r for r in REGISTRIES.values() if cls.name in r), REGISTRIES[cls.kind])
+    owner.register(cls.name, cls)
+    return cls
+
+
 def available() -> dict[str, dict[str, str]]:
-    """Every stage by kind, with the first line of its documentation. What cannot be imported says why."""
+    """Every stage by kind, with one line of documentation, or why it cannot be imported."""
     return {
         kind: {name: _one_line(registry, name) for name in registry.names()}
         for kind, registry in REGISTRIES.items()

@@ -1,4 +1,4 @@
-"""Turning stored keys to another position, for models with rotary embeddings (RoPE, arXiv:2104.09864)."""
+"""Turning stored keys to another position, for rotary embeddings (RoPE, arXiv:2104.09864)."""
 
 from __future__ import annotations
 
@@ -13,8 +13,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedConfig
 
-# the frequencies of these do not depend on the length of the sequence, so that a turn by d is a
-# shift by d tokens
+# with these, frequencies do not depend on the length: a turn by d positions is a shift by d tokens
 FIXED_FREQUENCIES = ("default", "linear", "llama3", "yarn", "proportional")
 
 
@@ -26,10 +25,8 @@ class Rotation:
     """
 
     def __init__(self, inv_freq: Tensor, interleaved: bool) -> None:
-        self.inv_freq, self.interleaved = (
-            inv_freq.double().cpu(),
-            interleaved,
-        )  # [R/2], R <= head_dim rotated channels
+        """Take frequencies [R/2] for R <= head_dim rotated channels, and how they are paired."""
+        self.inv_freq, self.interleaved = inv_freq.double().cpu(), interleaved
         self._shift: Tensor | None = None
         self._cos_sin: tuple[Tensor, Tensor] | None = None
 
@@ -50,13 +47,13 @@ class Rotation:
         kinds = parameters.get("full_attention", parameters)
         if kinds.get("rope_type", "default") not in FIXED_FREQUENCIES:
             raise SpecError(
-                f"'sinks' cannot re-rotate the keys of {model}: frequencies of rope_type {kinds['rope_type']!r} change "
+                f"'sinks' cannot re-rotate the keys of {model}: "
+                f"frequencies of rope_type {kinds['rope_type']!r} change "
                 f"with length; accepted: {', '.join(FIXED_FREQUENCIES)}"
             )
         module = import_module(type(config).__module__.replace(".configuration_", ".modeling_"))
-        embedding = next(
-            (x for name, x in vars(module).items() if name.endswith("RotaryEmbedding")), None
-        )
+        embeddings = (x for name, x in vars(module).items() if name.endswith("RotaryEmbedding"))
+        embedding = next(embeddings, None)
         rotate_half = getattr(module, "rotate_half", None)
         if embedding is None or rotate_half is None:
             raise SpecError(f"'sinks' cannot tell how {model} rotates its keys; use 'window'")
@@ -83,19 +80,12 @@ class Rotation:
         return turned if r == keys.shape[-1] else torch.cat((turned, keys[..., r:]), dim=-1)
 
     def _angles(self, by: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Cos and sin [B, 1, 1, R]; the layers of one step ask for the same, so the last is remembered."""
+        """Cos and sin [B, 1, 1, R]; all layers of a step ask for the same, so one is remembered."""
         if self._shift is None or not torch.equal(self._shift, by):
-            angle = (
-                by.double().cpu()[:, None, None, None] * self.inv_freq
-            )  # float32 is too coarse at 1e5 positions
-            angle = (
-                angle.repeat_interleave(2, -1)
-                if self.interleaved
-                else torch.cat((angle, angle), dim=-1)
-            )
-            self._shift, self._cos_sin = (
-                by,
-                (angle.cos().float().to(device), angle.sin().float().to(device)),
-            )
+            # in float64: float32 is too coarse at 1e5 positions
+            angle = by.double().cpu()[:, None, None, None] * self.inv_freq  # [B, 1, 1, R/2]
+            pairs = (angle, angle)
+            angle = torch.stack(pairs, -1).flatten(-2) if self.interleaved else torch.cat(pairs, -1)
+            self._shift, self._cos_sin = by, (angle.cos().float(), angle.sin().float())
         cos, sin = self._cos_sin
         return cos.to(device), sin.to(device)

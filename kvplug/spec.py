@@ -43,7 +43,7 @@ DEFAULTS = {
 
 @dataclass(frozen=True)
 class Strategy:
-    """One stage of each kind. `repr` is the spec in full, `str` the shortest spec; both parse back to an equal strategy."""
+    """One stage of each kind. `repr` is the spec in full, `str` the shortest; both parse back."""
 
     retention: Retention
     layout: Layout
@@ -94,7 +94,8 @@ def parse(spec: str, arguments: dict[str, Any] | None = None) -> Strategy:
         cls = registry.find(name)
         if cls.kind in chosen:
             raise SpecError(
-                f"{spec!r}: two stages of kind {cls.kind}, {chosen[cls.kind][0].name!r} and {name!r}; give one"
+                f"{spec!r}: two stages of kind {cls.kind}, "
+                f"{chosen[cls.kind][0].name!r} and {name!r}; give one"
             )
         chosen[cls.kind] = (cls, given)
     for kind, name in DEFAULTS.items():
@@ -108,11 +109,12 @@ def parse(spec: str, arguments: dict[str, Any] | None = None) -> Strategy:
 
 
 def _terms(body: str, spec: str) -> list[tuple[str, dict[str, Any]]]:
-    """`a+b(x=1)` -> [("a", {}), ("b", {"x": 1})], read by Python's own parser, nothing evaluated."""
+    """`a+b(x=1)` -> [("a", {}), ("b", {"x": 1})]; Python's parser reads, nothing is evaluated."""
 
     def fail(why: str) -> SpecError:
         return SpecError(
-            f"cannot read cache strategy {spec!r}: {why}. Write e.g. 'sinks(sinks=4, window=1020)+int8+host'"
+            f"cannot read cache strategy {spec!r}: {why}. "
+            "Write e.g. 'sinks(sinks=4, window=1020)+int8+host'"
         )
 
     try:
@@ -136,6 +138,8 @@ def _terms(body: str, spec: str) -> list[tuple[str, dict[str, Any]]]:
             for keyword in call.keywords:
                 if keyword.arg is None:
                     raise fail(f"{ast.unparse(call)!r} unpacks arguments")
+                if keyword.arg in given:
+                    raise fail(f"{ast.unparse(call)!r} gives {keyword.arg!r} twice")
                 try:
                     given[keyword.arg] = ast.literal_eval(keyword.value)
                 except ValueError:

@@ -48,9 +48,8 @@ class Stage:
                 )
 
     def __init_subclass__(cls) -> None:
-        cls.__repr__ = (
-            Stage.__repr__
-        )  # `@dataclass` leaves a class's own repr alone: plugins need no `repr=False`
+        # `@dataclass` leaves a class's own repr alone: plugins need no `repr=False`
+        cls.__repr__ = Stage.__repr__
 
     def __repr__(self) -> str:
         fields = [f.name for f in dataclasses.fields(self)]

@@ -23,11 +23,9 @@ if TYPE_CHECKING:
 
 
 class StaticLayer(TransformersStaticLayer):
-    """transformers' static layer, with rollback, batch operations and an overflow that is always an
-    error.
+    """transformers' static layer, with rollback, batch operations and overflow that raises.
 
-    The number of tokens is a tensor that is changed in place: reading it as an integer, as eager
-        calls do, would break a compiled graph, so there the check is an assertion inside the graph.
+    The number of tokens is a tensor, changed in place: one compiled graph serves all numbers.
     """
 
     is_croppable = True
@@ -39,7 +37,7 @@ class StaticLayer(TransformersStaticLayer):
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Add tokens [B, H, S, D] and return all room [B, H, max_cache_len, D]; transformers' mask hides what is empty."""
+        """Add tokens [B, H, S, D] and return all room [B, H, max_cache_len, D], the rest masked."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         self._check_room(key_states.shape[-2])
@@ -55,7 +53,7 @@ class StaticLayer(TransformersStaticLayer):
         return int(self.cumulative_length)
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Forget the newest `-tokens_to_remove` tokens; what they left behind is masked and overwritten."""
+        """Forget the newest `-tokens_to_remove` tokens; their room is masked and overwritten."""
         if tokens_to_remove > 0:
             raise ValueError(
                 f"crop takes minus the number of tokens to remove, got {tokens_to_remove}"
@@ -84,18 +82,40 @@ class StaticLayer(TransformersStaticLayer):
             self.batch_size = self.keys.shape[0]
 
     def _check_room(self, S: int) -> None:
-        limit = self.max_cache_len
         if torch.compiler.is_compiling():
-            fits = self.cumulative_length + S <= limit
-            torch._assert_async(fits, f"kvplug: static cache of max_cache_len={limit} is full")
-        elif (
-            self.cumulative_length.device.type != "meta" and int(self.cumulative_length) + S > limit
-        ):
-            raise CacheOverflow(overflow(limit, int(self.cumulative_length), S))
+            check_room(self.cumulative_length, S, self.max_cache_len)
+        elif self.cumulative_length.device.type != "meta":
+            _raise_if_full(self.cumulative_length, S, self.max_cache_len)
+
+
+@torch.library.custom_op(
+    "kvplug::check_room",
+    mutates_args=("length",),
+    schema="(Tensor(a!) length, int S, int limit) -> ()",
+)
+def check_room(length: Tensor, S: int, limit: int) -> None:
+    """Stop a compiled step that would overflow, before it writes.
+
+    Opaque to the compiler, so that it raises from Python: an assertion inside generated code may
+    end the process. `length` [] is said to change, which it does not: what follows waits for it.
+    """
+    if length.device.type == "cpu":
+        _raise_if_full(length, S, limit)
+    else:
+        torch._assert_async(length + S <= limit)  # reading the number would stall the device
+
+
+@check_room.register_fake
+def _(length: Tensor, S: int, limit: int) -> None: ...
+
+
+def _raise_if_full(length: Tensor, S: int, limit: int) -> None:
+    if int(length) + S > limit:
+        raise CacheOverflow(overflow(limit, int(length), S))
 
 
 def _rebatch(x: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:
-    """`change` of x, in place where the batch stays as large: a compiled graph knows the address."""
+    """`change` of x, in place where B stays: a compiled graph knows the address."""
     new = change(x)
     return x.copy_(new) if new.shape == x.shape else new
 
@@ -113,9 +133,13 @@ class StaticCodedLayer(StaticLayer):
     does.
     """
 
+    # `crop` works, but blocks that the rolled-back tokens filled stay encoded: that leaves a trace
+    is_croppable = False
+
     def __init__(self, strategy: Strategy, stats: Stats) -> None:
         # not super().__init__: it would assign keys and values, which are decoded on demand here
         self.strategy, self.stats, self.max_cache_len = strategy, stats, strategy.layout.limit
+        self.kernel = strategy.kernel.resolve()
         self.cumulative_length = torch.tensor(0)
         self.is_initialized = False
 
@@ -143,7 +167,7 @@ class StaticCodedLayer(StaticLayer):
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Add tokens [B, H, S, D]; compiled, one at a time. Returns columns as `get_mask_sizes` announced."""
+        """Add tokens [B, H, S, D] (compiled: S = 1); return what `get_mask_sizes` announced."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         self._check_room(key_states.shape[-2])
@@ -152,7 +176,7 @@ class StaticCodedLayer(StaticLayer):
         return self._append(key_states, value_states)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """All room for a decode step, whose shapes must not change; what is in use for longer calls."""
+        """All room for a decode step, whose shapes must not change; else what is in use."""
         self._check_room(query_length)
         return (self.max_cache_len if query_length == 1 else self.held() + query_length), 0
 
@@ -171,7 +195,7 @@ class StaticCodedLayer(StaticLayer):
         )
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Forget the newest `-tokens_to_remove` tokens; a block that is cut returns to the tail as it was stored."""
+        """Forget the newest `-tokens_to_remove` tokens; a block that is cut returns as stored."""
         if tokens_to_remove > 0:
             raise ValueError(
                 f"crop takes minus the number of tokens to remove, got {tokens_to_remove}"
@@ -229,7 +253,7 @@ class StaticCodedLayer(StaticLayer):
             tail[:, :, : rest.shape[2]] = rest
         if not (stored.blocks and stored.block_count) and not stored.empty:
             return rows[0], rows[1]
-        return views(stored, self.strategy.kernel, self.stats)
+        return views(stored, self.kernel, self.stats)
 
     def _compiled_step(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         codec, R = self.strategy.codec, self.tail[0].shape[2]

@@ -20,7 +20,7 @@ class Stats:
         """Count one dense copy of a layer's keys or values; say so once per reason."""
         if not self.materialised[reason]:
             logger.warning(
-                "kvplug: %s reads the cache as a dense tensor, which is correct but slow and large; "
+                "kvplug: %s reads the cache as a dense tensor: correct, but slow and large; "
                 "attn_implementation='sdpa' reads it as stored",
                 reason,
             )

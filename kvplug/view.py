@@ -1,5 +1,4 @@
-"""Keys and values that are read as they are stored: tensors in shape, dtype and device, without
-data of their own.
+"""Keys and values read as they are stored: tensors in shape, dtype and device, without own data.
 
 `Layer.update` returns a `KeyView` and a `ValueView`. The model's attention code handles them like
 tensors until it calls `scaled_dot_product_attention`, where a kernel reads the encoded blocks. Head
@@ -24,24 +23,16 @@ if TYPE_CHECKING:
 
 SDPA = torch.nn.functional.scaled_dot_product_attention
 # questions about a tensor that its content does not answer
+PROPERTIES = ("shape", "dtype", "device", "ndim", "layout", "requires_grad", "is_cuda", "is_meta")
+METHODS = ("size", "dim", "numel", "__len__", "is_floating_point", "element_size")
 METADATA = {
-    *(
-        getattr(torch.Tensor, name).__get__
-        for name in ("shape", "dtype", "device", "ndim", "layout", "requires_grad")
-    ),
-    *(
-        getattr(torch.Tensor, name).__get__
-        for name in ("is_cuda", "is_mps", "is_xpu", "is_meta", "is_sparse")
-    ),
-    *(
-        getattr(torch.Tensor, name)
-        for name in ("size", "dim", "numel", "__len__", "is_floating_point", "element_size")
-    ),
+    *(getattr(torch.Tensor, name).__get__ for name in PROPERTIES),
+    *(getattr(torch.Tensor, name) for name in METHODS),
 }
 
 
 class View(torch.Tensor):
-    """A lazy [B, H * repeats, T, D] tensor over `Stored`; 5-dimensional in the middle of `repeat_kv`."""
+    """A lazy [B, H * repeats, T, D] over `Stored`; 5-dimensional in the middle of `repeat_kv`."""
 
     _stored: Stored
     _kernel: Kernel
@@ -108,7 +99,8 @@ class View(torch.Tensor):
 
     def __repr__(self) -> str:
         with torch._C.DisableTorchFunctionSubclass():
-            return f"{type(self).__name__}(shape={tuple(self.shape)}, dtype={self.dtype}, codec={self._stored.codec!r})"
+            shape = tuple(self.shape)
+            return f"{type(self).__name__}({shape=}, dtype={self.dtype}, {self._stored.codec!r})"
 
 
 class KeyView(View):
@@ -138,7 +130,7 @@ def _attend(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor | None:
-    """`scaled_dot_product_attention` by the kernel, or None where these are not the two views of one call."""
+    """`scaled_dot_product_attention` by the kernel; None where these are not one call's views."""
     ours = (
         isinstance(key, KeyView) and isinstance(value, ValueView) and key._stored is value._stored
     )
@@ -149,9 +141,8 @@ def _attend(
         or query.shape[1] % key._stored.tail[0].shape[1]
     ):
         return None
-    kernel = key._kernel.resolve()
-    key._stats.kernels[kernel.name] += 1
-    return kernel.attend(query, key._stored, attn_mask, scale, is_causal)[0]
+    key._stats.kernels[key._kernel.name] += 1
+    return key._kernel.attend(query, key._stored, attn_mask, scale, is_causal)[0]
 
 
 def _getitem(view: View, index: Any) -> View | None:

@@ -19,12 +19,11 @@ F16_MAX = torch.finfo(torch.float16).max
 
 @dataclass(frozen=True)
 class Affine(Codec):
-    """Asymmetric integers with a float16 scale and zero per group. Error <= half a step (scale / 2)
-    per element.
+    """Asymmetric integers with a float16 scale and zero per group; error <= scale / 2.
 
-    Keys have outlier channels, values do not: a key group is one channel over the tokens of a
-        block, a value group is `group` neighbouring channels of one token (KIVI, arXiv:2402.02750).
-        Departures from it: 8 bits too, K and V widths apart, and blocks are never encoded again.
+    Keys have outlier channels, values do not: a group is one channel over the tokens of a block
+    for keys, `group` neighbouring channels of one token for values (KIVI, arXiv:2402.02750).
+    Departures from it: 8 bits too, widths of K and V apart, and blocks are never encoded again.
 
     k_codes [B, H, N, Dk, block*k_bits/8] uint8, k_scale and k_zero [B, H, N, Dk] float16
     v_codes [B, H, N, block*v_bits/8, Dv] uint8, v_scale and v_zero [B, H, N, block, Dv/g] float16
@@ -34,18 +33,15 @@ class Affine(Codec):
     """
 
     def encode(self, keys: Tensor, values: Tensor) -> Encoded:
-        k_codes, k_scale, k_zero = _quantize(
-            keys.float().transpose(-1, -2), self.k_bits
-        )  # groups: the block's tokens
+        k_codes, k_scale, k_zero = _quantize(keys.float().transpose(-1, -2), self.k_bits)
         grouped = values.float().unflatten(-1, (-1, self._value_group(values.shape[-1])))
         v_codes, v_scale, v_zero = _quantize(grouped, self.v_bits)
+        packed = _pack(v_codes.flatten(-2).transpose(-1, -2), self.v_bits).transpose(-1, -2)
         return {
             "k_codes": _pack(k_codes, self.k_bits),
             "k_scale": k_scale,
             "k_zero": k_zero,
-            "v_codes": _pack(v_codes.flatten(-2).transpose(-1, -2), self.v_bits)
-            .transpose(-1, -2)
-            .contiguous(),
+            "v_codes": packed.contiguous(),
             "v_scale": v_scale,
             "v_zero": v_zero,
         }
@@ -66,7 +62,7 @@ class Affine(Codec):
         return k, v.repeat_interleave(data["v_codes"].shape[-1] // v.shape[-1], dim=-1)
 
     def _value_group(self, head_dim: int) -> int:
-        """The largest divisor of head_dim that is at most `group`: head dims of 80 or 112 need no padding."""
+        """The largest divisor of head_dim that is at most `group`: 80 or 112 need no padding."""
         return next(g for g in range(min(self.group, head_dim), 0, -1) if head_dim % g == 0)
 
 
@@ -79,7 +75,8 @@ def _quantize(x: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
     shifting the whole group.
     """
     low, high = x.amin(-1), x.amax(-1)
-    zero = _round_down(low.clamp(-F16_MAX, F16_MAX))
+    # below the range of float16 the zero becomes -inf, which shows; above it, the scale makes up
+    zero = _round_down(low.clamp(max=F16_MAX))
     scale = -_round_down(-(high - zero.float()) / (2**bits - 1))
     step = scale.float().clamp_min(1e-30)[..., None]  # a constant group has scale 0 and codes 0
     codes = ((x - zero.float()[..., None]) / step).round().clamp(0, 2**bits - 1)

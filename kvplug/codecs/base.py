@@ -10,9 +10,8 @@ from ..stage import Stage
 if TYPE_CHECKING:
     from torch import Tensor
 
-Encoded = dict[
-    str, "Tensor"
-]  # every tensor [B, H, N, ...]: N blocks on axis 2, so blocks can be sliced and appended
+# every tensor [B, H, N, ...]: N blocks on axis 2, so that blocks can be sliced and appended
+Encoded = dict[str, "Tensor"]
 
 
 @dataclass(frozen=True)
@@ -30,19 +29,24 @@ class Codec(Stage):
 
     kind: ClassVar[str] = "codec"
     lossless: ClassVar[bool] = False
-    # Decoding is a mere view of the encoded tensors: kernels may then read many blocks at once for
-    # free.
+    # decoding is a mere view of the encoded tensors: many blocks can be read at once for free
     decodes_in_place: ClassVar[bool] = False
 
     block: int
     tail: int
 
     def encode(self, keys: Tensor, values: Tensor) -> Encoded:
-        """Keys [B, H, N, block, Dk], values [B, H, N, block, Dv], any float -> named tensors [B, H, N, ...]."""
+        """Encode keys [B, H, N, block, Dk] and values [B, H, N, block, Dv] of any float dtype.
+
+        Returns named tensors [B, H, N, ...].
+        """
         raise NotImplementedError
 
     def decode(self, data: Encoded) -> tuple[Tensor, Tensor]:
-        """Named tensors [B, H, N, ...] -> keys [B, H, N, block, Dk], values [B, H, N, block, Dv], float32 or exact."""
+        """Decode named tensors [B, H, N, ...].
+
+        Returns keys [B, H, N, block, Dk] and values [B, H, N, block, Dv], float32 or as they came.
+        """
         raise NotImplementedError
 
     def max_error(self, data: Encoded) -> tuple[Tensor, Tensor]:

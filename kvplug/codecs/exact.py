@@ -14,9 +14,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Exact(Codec):
-    """Store keys and values as they are. On the device no blocks are cut; on host and disk a block
-    is what is moved.
+    """Keys and values as they came.
 
+    On the device no blocks are cut; on host and disk a block is what is moved.
     data: k [B, H, N, block, Dk], v [B, H, N, block, Dv], in the model's dtype
     """
 

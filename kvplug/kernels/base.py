@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Kernel(Stage):
-    """Softmax attention of some queries over pinned tokens, encoded blocks and tail, without a dense copy of them."""
+    """Softmax attention over pinned tokens, encoded blocks and tail, without a dense copy."""
 
     kind: ClassVar[str] = "kernel"
 

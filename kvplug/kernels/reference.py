@@ -1,4 +1,4 @@
-"""`reference`: plain torch in float32, block by block. Every other kernel is tested against this one."""
+"""`reference`: plain torch in float32, block by block; all other kernels are tested against it."""
 
 from __future__ import annotations
 

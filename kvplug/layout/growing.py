@@ -8,6 +8,6 @@ from .base import Layout
 
 @dataclass(frozen=True)
 class Growing(Layout):
-    """Reserve an eighth ahead and append in place: no concatenation per token, as DynamicCache does."""
+    """Reserve an eighth ahead and append in place; DynamicCache concatenates at each token."""
 
     name: ClassVar[str] = "growing"

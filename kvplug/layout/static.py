@@ -14,10 +14,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Static(Layout):
-    """Reserve `max_cache_len` tokens once; one compiled graph serves every length
-    (`torch.compile(fullgraph=True)`).
+    """Reserve `max_cache_len` tokens once; one compiled graph serves every length.
 
-    `generate` fills in `max_cache_len`; `kvplug.build` takes it as an argument. More tokens raise
+    `torch.compile(model, fullgraph=True)` decodes without recompiling. `generate` fills in `max_cache_len`; `kvplug.build` takes it as an argument. More tokens raise
     CacheOverflow. Compiled decoding needs full+device, exact or coded; with `window`, `sinks`,
     `host` or `disk` room is reserved all the same but lengths are Python integers, so the cache
     says `is_compileable = False`.

@@ -13,8 +13,7 @@ if TYPE_CHECKING:
 
 
 class Place:
-    """One cache's hold on a placement: allocates room, and brings blocks to the device that
-    computes.
+    """One cache's hold on a placement: makes room, and brings blocks to where they are read.
 
     A `Place` may own something (a directory, a CUDA stream); it is made when a cache is built and
     goes with it.

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import math
+import shutil
 import tempfile
+import weakref
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
@@ -28,21 +30,20 @@ class OnDisk(Place):
 
     def __init__(self, folder: str | None) -> None:
         self._folder = folder
-        self._directory = tempfile.TemporaryDirectory(prefix="kvplug-", dir=folder)
+        self._directory = Path(tempfile.mkdtemp(prefix="kvplug-", dir=folder))
+        # not TemporaryDirectory: it warns of every cache that is simply dropped
+        weakref.finalize(self, shutil.rmtree, self._directory, ignore_errors=True)
         self._count = 0
 
     def empty(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
         size = math.prod(shape)
         if device.type == "meta" or size == 0:  # nothing to map
-            return torch.empty(
-                shape, dtype=dtype, device="meta" if device.type == "meta" else "cpu"
-            )
+            where = "meta" if device.type == "meta" else "cpu"
+            return torch.empty(shape, dtype=dtype, device=where)
         self._count += 1
-        file = Path(self._directory.name) / f"{self._count}.bin"
+        file = self._directory / f"{self._count}.bin"
         flat = torch.from_file(str(file), shared=True, size=size, dtype=dtype)
-        with contextlib.suppress(
-            PermissionError
-        ):  # Windows keeps mapped files: they go with the directory
+        with contextlib.suppress(PermissionError):  # Windows: it goes with the directory
             file.unlink()
         return flat.view(shape)
 

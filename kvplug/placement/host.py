@@ -17,7 +17,7 @@ logger = logging.getLogger("kvplug")
 
 
 class OnHost(Place):
-    """Host memory, pinned where a CUDA device reads it; blocks of the next layer travel while this one computes."""
+    """Host memory, pinned for CUDA; a layer's blocks travel while the one before computes."""
 
     def __init__(self) -> None:
         self._stream: torch.cuda.Stream | None = None
@@ -37,7 +37,7 @@ class OnHost(Place):
         if self._stream is not None:
             torch.cuda.current_stream(device).wait_stream(self._stream)
             for x in data.values():
-                if x.is_cuda:  # came from prefetch: its memory may not be reused before this stream has read it
+                if x.is_cuda:  # from prefetch: not to be reused before this stream has read it
                     x.record_stream(torch.cuda.current_stream(device))
         return {name: x.to(device, non_blocking=True) for name, x in data.items()}
 
@@ -46,9 +46,8 @@ class OnHost(Place):
             return None
         if self._stream is None:
             self._stream = torch.cuda.Stream(device)
-        self._stream.wait_stream(
-            torch.cuda.current_stream(device)
-        )  # blocks may just have been written from there
+        # blocks may just have been written from there
+        self._stream.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(self._stream):
             return {name: x.to(device, non_blocking=True) for name, x in data.items()}
 

@@ -17,8 +17,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Retention(Stage):
-    """Keep the first `first` real tokens and, of the rest, what the newest query may see: `newest`
-    with itself.
+    """Keep the first `first` real tokens and the `newest` ones, the token that asks included.
 
     Eviction happens after attention, so a prompt longer than the budget is still read in full
     (evicting before attention corrupts the prefill). Positional methods only set the two numbers;
@@ -40,8 +39,7 @@ class Retention(Stage):
 
 @dataclass(frozen=True)
 class Scored(Retention):
-    """Keep the tokens that score highest, `budget` of them, chosen anew whenever `every` more have
-    come.
+    """Keep the `budget` tokens that score highest, chosen anew whenever `every` more have come.
 
     Subclasses are dataclasses with these two options and `score`; see `examples/plugin` for one in
     ten lines.
@@ -69,14 +67,9 @@ class Scored(Retention):
             which counts from the newest token backwards, stays right for every row.
         """
         score = self.score(keys, values)
-        is_padding = (
-            torch.arange(score.shape[-1], device=score.device) < padding[:, None, None]
-        )  # [B, 1, T]
-        score = score.masked_fill(is_padding, -torch.inf)
-        if int(padding.max()) == 0:
-            return score.topk(self.budget, dim=-1).indices.sort(dim=-1).values
-        # A row with fewer real tokens than the budget keeps its newest padding: stable order breaks
-        # the ties of -inf.
+        column = torch.arange(score.shape[-1], device=score.device)
+        score = score.masked_fill(column < padding[:, None, None], -torch.inf)
+        # of equal scores the newer wins, in every row alike, and of padding where a row needs some
         order = score.flip(-1).argsort(dim=-1, descending=True, stable=True)[..., : self.budget]
         return (score.shape[-1] - 1 - order).sort(dim=-1).values
 

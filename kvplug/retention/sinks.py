@@ -11,11 +11,11 @@ from .base import Retention
 class Sinks(Retention):
     """Keep the first `sinks` tokens and the newest `window` (StreamingLLM, arXiv:2309.17453).
 
-    As in the paper, positions are those inside the cache: the sinks are rotated to stand right
-        before the window, so a model never meets a distance beyond `sinks + window` and generation
-        has no end. Only the sinks are rotated, on each step and from their original, so no error
-        adds up. Departure: the window is not re-rotated (distances inside it do not change). Models
-        without rotary positions keep their own.
+    As in the paper, positions are those inside the cache. The sinks are rotated to stand right
+    before the window: a model never meets a distance beyond `sinks + window`, and generation has
+    no end. Departure from the paper: the window is not rotated (distances inside it do not change),
+    only the sinks are, on each step and from their original, so that no error adds up. Models
+    without rotary positions keep their own.
     """
 
     name: ClassVar[str] = "sinks"

@@ -9,11 +9,10 @@ from .base import Retention
 
 @dataclass(frozen=True)
 class Window(Retention):
-    """Keep the newest `length` tokens, the one that asks included (sliding-window attention,
-    arXiv:2004.05150).
+    """Keep the newest `length` tokens, the one that asks included.
 
-    Counted like transformers' `sliding_window`. A forward of several tokens sees all of them and
-    the window before.
+    Sliding-window attention (arXiv:2004.05150), counted like transformers' `sliding_window`. The
+    tokens of one forward pass all see each other and the window before the first of them.
     """
 
     name: ClassVar[str] = "window"

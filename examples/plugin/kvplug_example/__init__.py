@@ -1,0 +1,1 @@
+"""Two stages for kvplug: the codec `int8_token` and the retention method `keynorm`."""

@@ -1,0 +1,41 @@
+"""Both stages keep kvplug's contracts, alone and in whole caches."""
+
+import pytest
+import torch
+from kvplug_example.int8_token import Int8Token
+from kvplug_example.keynorm import KeyNorm
+
+from kvplug.testing import CodecConformance, RetentionConformance, StrategyConformance
+
+
+class TestInt8Token(CodecConformance):
+    """Encoding and decoding."""
+
+    key_bias = False  # symmetric: a large constant in one channel costs the others their bits
+
+    @pytest.fixture
+    def codec(self):
+        return Int8Token(block=8)
+
+
+class TestKeyNorm(RetentionConformance):
+    """What is kept, and when the rest goes."""
+
+    @pytest.fixture
+    def retention(self):
+        return KeyNorm(budget=12, every=4)
+
+
+class TestCaches(StrategyConformance):
+    """Caches that use them, through transformers' whole API."""
+
+    # every=1: otherwise a batch is cut at other steps than its rows would be alone
+    @pytest.fixture(params=["int8_token(block=8)", "keynorm(budget=12, every=1)"])
+    def spec(self, request):
+        return request.param
+
+
+def test_the_shortest_keys_stay():
+    keys = torch.tensor([3.0, 1, 9, 2, 5, 4])[None, None, :, None].expand(1, 1, 6, 8)
+    kept = KeyNorm(budget=3, every=1).keep(keys, keys, padding=torch.tensor([0]))
+    assert kept.tolist() == [[[0, 1, 3]]]

@@ -1,0 +1,67 @@
+"""Lossless strategies give the tokens of DynamicCache on the real model.
+
+`KVPLUG_MODEL_TOKENS=300` runs the long version.
+"""
+
+import os
+
+import pytest
+import torch
+
+NEW = int(os.environ.get("KVPLUG_MODEL_TOKENS", "80"))
+LOSSLESS = ["growing", "kvplug:static", "host", "disk"]
+DECODING = {
+    "beams": {"num_beams": 3},
+    "sampling": {"do_sample": True, "top_k": 20},
+    "prompt_lookup": {"prompt_lookup_num_tokens": 4},
+    "assisted": {"assistant_model": True},
+}
+
+
+def generate(real, inputs, **options):
+    model, tokenizer = real
+    if options.get("assistant_model"):
+        options["assistant_model"] = model
+    torch.manual_seed(0)
+    out = model.generate(
+        **inputs,
+        **{"max_new_tokens": NEW, "do_sample": False} | options,
+        eos_token_id=None,
+        pad_token_id=tokenizer.pad_token_id,
+        return_dict_in_generate=True,
+    )
+    return out.sequences, out.past_key_values
+
+
+def single(prompts, row):
+    real_tokens = prompts["attention_mask"][row].bool()
+    return {name: x[row : row + 1, real_tokens] for name, x in prompts.items()}
+
+
+@pytest.fixture(scope="module")
+def exact(real, prompts):
+    """DynamicCache's greedy tokens: the padded batch, and each prompt alone."""
+    alone = [generate(real, single(prompts, row))[0] for row in range(3)]
+    return generate(real, prompts)[0], alone
+
+
+@pytest.mark.parametrize("spec", LOSSLESS)
+def test_greedy_tokens_equal_dynamic_in_a_padded_batch_and_alone(real, prompts, exact, spec):
+    batch, alone = exact
+    sequences, cache = generate(real, prompts, cache_implementation=spec)
+    assert torch.equal(sequences, batch)
+    assert cache.stats()["materialised"] == {}
+    for row in range(3):
+        sequences, _ = generate(real, single(prompts, row), cache_implementation=spec)
+        assert torch.equal(sequences, alone[row])
+
+
+@pytest.mark.parametrize("decoding", DECODING)
+def test_other_decoding_equals_dynamic(real, prompts, decoding):
+    options = {"max_new_tokens": NEW // 2} | DECODING[decoding]
+    inputs = single(prompts, 0)
+    reference, _ = generate(real, inputs, **options)
+    for spec in LOSSLESS:
+        sequences, cache = generate(real, inputs, cache_implementation=spec, **options)
+        assert torch.equal(sequences, reference), spec
+        assert cache.stats()["materialised"] == {}, spec

@@ -1,0 +1,100 @@
+"""Every built-in codec keeps the contract, and what only the integer codecs promise."""
+
+import pytest
+import torch
+
+import kvplug
+from kvplug.registry import REGISTRIES
+from kvplug.testing import CodecConformance, check_golden
+
+SPECS = [
+    "exact(block=8)",
+    "int8(block=8)",
+    "int4(block=8)",
+    "int2(block=8)",
+    "int4(block=16, group=16, k_bits=4, v_bits=2)",
+    "int8(block=8, k_bits=4)",
+    "int4",
+]
+
+
+class TestCodecs(CodecConformance):
+    @pytest.fixture(params=SPECS)
+    def codec(self, request):
+        return kvplug.parse(request.param).codec
+
+
+@pytest.mark.parametrize("name", ["exact", "int8", "int4", "int2"])
+def test_golden_bytes(name, golden):
+    check_golden(kvplug.parse(name).codec, **golden)
+
+
+def test_every_codec_of_kvplug_has_golden_bytes(golden):
+    own = {n for n, t in REGISTRIES["codec"]._targets.items() if str(t).count("kvplug.codecs")}
+    assert own == {path.stem for path in golden["folder"].glob("*.json")}
+
+
+def test_absent_golden_bytes_are_a_failure(tmp_path):
+    codec = kvplug.parse("int8").codec
+    with pytest.raises(AssertionError, match="no golden bytes"):
+        check_golden(codec, tmp_path)
+    check_golden(codec, tmp_path, regen=True)
+    check_golden(codec, tmp_path)
+    text = (tmp_path / "int8.json").read_text()
+    (tmp_path / "int8.json").write_text(text.replace('"base64": "', '"base64": "////', 1))
+    with pytest.raises((AssertionError, RuntimeError)):
+        check_golden(codec, tmp_path)
+
+
+@pytest.mark.parametrize(("name", "bits"), [("int8", 8), ("int4", 4), ("int2", 2)])
+def test_bits_per_element(name, bits):
+    codec = kvplug.parse(name).codec
+    x = torch.randn(1, 2, 3, codec.block, 64)
+    data = codec.encode(x, x)
+    held = sum(t.numel() * t.element_size() for t in data.values())
+    # a float16 scale and zero per 64 tokens of a key channel and per 32 channels of a value
+    assert held == 2 * x.numel() * bits // 8 + x.numel() * 4 // 64 + x.numel() * 4 // 32
+
+
+@pytest.mark.parametrize(("head_dim", "group"), [(80, 20), (112, 28), (96, 32), (33, 11), (16, 16)])
+def test_value_group_divides_the_head(head_dim, group):
+    codec = kvplug.parse("int4(block=8)").codec
+    data = codec.encode(*[torch.randn(1, 1, 1, 8, head_dim)] * 2)
+    assert data["v_scale"].shape[-1] == head_dim // group
+
+
+def test_packing_is_as_documented():
+    """Byte i holds token i in its low half and token i + block/2 in its high half."""
+    codec = kvplug.parse("int4(block=8)").codec
+    codes = torch.tensor([0.0, 1, 2, 3, 4, 5, 6, 15])
+    data = codec.encode(codes.view(1, 1, 1, 8, 1), torch.zeros(1, 1, 1, 8, 1))
+    assert data["k_codes"].flatten().tolist() == [0 | 4 << 4, 1 | 5 << 4, 2 | 6 << 4, 3 | 15 << 4]
+
+
+def test_more_bits_less_error():
+    x = torch.randn(1, 2, 4, 64, 64, generator=torch.Generator().manual_seed(0))
+    errors = []
+    for name in ("int2", "int4", "int8"):
+        codec = kvplug.parse(name).codec
+        keys, values = codec.decode(codec.encode(x, x))
+        errors.append(float((keys - x).square().mean() + (values - x).square().mean()))
+    # each doubling of the bits divides the step by 5 and by 17
+    assert errors[0] > 20 * errors[1] > 20 * 200 * errors[2]
+
+
+def test_keys_and_values_have_their_own_bits():
+    codec = kvplug.parse("int4(k_bits=8, v_bits=2)").codec
+    x = torch.randn(1, 1, 1, 64, 64, generator=torch.Generator().manual_seed(0))
+    keys, values = codec.decode(codec.encode(x, x))
+    assert (keys - x).abs().max() < 0.03 < 0.3 < (values - x).abs().max()
+
+
+def test_bfloat16_does_not_wrap():
+    """In bf16 arithmetic x / scale reaches 255.5 for the largest: 256 would wrap to 0."""
+    codec = kvplug.parse("int8(block=8)").codec
+    for seed in range(20):
+        x = torch.randn(1, 2, 4, 8, 32, generator=torch.Generator().manual_seed(seed))
+        x = (x * 37).bfloat16()
+        keys, values = codec.decode(codec.encode(x, x))
+        assert (keys - x).abs().max() < 1
+        assert (values - x).abs().max() < 1

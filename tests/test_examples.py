@@ -1,0 +1,81 @@
+"""Every example runs, and prints what it promises, on a tiny random model."""
+
+import re
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Run examples/NAME.py --tiny as a script and return the lines it printed."""
+
+    def run(name: str, *arguments: str) -> list[str]:
+        monkeypatch.syspath_prepend(EXAMPLES)
+        monkeypatch.setattr(sys, "argv", [name, "--tiny", *arguments])
+        runpy.run_path(str(EXAMPLES / f"{name}.py"), run_name="__main__")
+        return capsys.readouterr().out.splitlines()
+
+    threads, path = torch.get_num_threads(), sys.path.copy()
+    yield run
+    torch.set_num_threads(threads)
+    sys.path[:] = path
+    sys.modules.pop("common", None)
+
+
+def test_every_example_is_tested():
+    tested = {n.removeprefix("test_") for n in globals() if n.startswith("test_")}
+    assert {path.stem for path in EXAMPLES.glob("*.py")} - {"common"} <= tested
+
+
+def test_every_example_is_short():
+    for path in EXAMPLES.glob("*.py"):
+        assert len(path.read_text().splitlines()) <= 90, path.name
+
+
+def test_swap_cache(run):
+    rows = {line[:32].strip(): line[32:] for line in run("swap_cache", "--new-tokens", "30")}
+    for lossless in ("transformers", "growing", "host"):
+        assert rows[lossless].endswith("the same text")
+    held = {name: float(row.split()[0]) for name, row in rows.items()}
+    assert held["int4"] < held["growing"]
+    assert held["sinks(sinks=4, window=124)+int8"] < held["growing"]
+
+
+def test_endless_chat(run):
+    head, *rows = run("endless_chat", "--tokens", "700")  # a multiple of the window and the model
+    assert "trained for 256 positions" in head
+    held = [float(re.search(r"held ([\d.]+) MiB", row)[1]) for row in rows]
+    assert len(rows) >= 5
+    assert len(set(held)) == 1, "memory is not flat"
+
+
+def test_endless_chat_grows_with_another_cache(run):
+    _, *rows = run("endless_chat", "--tokens", "500", "--cache", "growing")
+    held = [float(re.search(r"held ([\d.]+) MiB", row)[1]) for row in rows]
+    assert held[-1] > 1.5 * held[0]
+
+
+def test_long_document(run, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("All work and no play makes Jack a dull boy.\n" * 20)
+    head, growing, int4 = run("long_document", "--file", str(text), "--new-tokens", "8")
+    assert "tokens of prompt" in head
+    held = [float(re.search(r"held ([\d.]+) MiB", row)[1]) for row in (growing, int4)]
+    assert held[1] < 0.5 * held[0]
+
+
+def test_write_a_codec(run, monkeypatch):
+    from kvplug.registry import REGISTRIES
+
+    codecs = REGISTRIES["codec"]
+    monkeypatch.setattr(codecs, "_targets", dict(codecs._targets))  # the name goes with the test
+    _, *rows = run("write_a_codec")
+    kl = {row.split()[0]: float(row.split()[-1]) for row in rows}
+    assert kl["growing"] == 0
+    assert 0 < kl["int8"] < kl["e4m3"] < kl["int4"] < 0.1

@@ -1,0 +1,137 @@
+"""A distribution of its own adds stages by name: `examples/plugin`, built and installed for real.
+
+What it registers is seen from other processes, since entry points are read once per process.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PREAMBLE = """
+import kvplug, torch, transformers
+torch.manual_seed(0)
+torch.set_num_threads(1)
+config = transformers.LlamaConfig(
+    vocab_size=97, hidden_size=64, intermediate_size=64, num_hidden_layers=2,
+    num_attention_heads=4, num_key_value_heads=2, head_dim=64, initializer_range=0.2,
+    pad_token_id=0,
+)
+model = transformers.LlamaForCausalLM(config).eval()
+ids = torch.randint(1, 97, (2, 40))
+
+def generate(name):
+    return model.generate(
+        ids, attention_mask=torch.ones_like(ids), cache_implementation=name, max_new_tokens=30,
+        min_new_tokens=30, do_sample=False, return_dict_in_generate=True,
+    )
+"""
+
+
+@pytest.fixture(scope="module")
+def plugin(tmp_path_factory):
+    """The plugin's source, and the directory it is installed in."""
+    folder = tmp_path_factory.mktemp("plugin")
+    source, target = folder / "source", folder / "installed"
+    junk = shutil.ignore_patterns("build", "*.egg-info", "__pycache__", ".*")
+    shutil.copytree(ROOT / "examples" / "plugin", source, ignore=junk)  # a build leaves files
+    # No index and no isolation: the build needs setuptools, which torch brings along.
+    pip = [
+        sys.executable,
+        "-m",
+        "pip",
+        "install",
+        "--no-deps",
+        "--no-index",
+        "--no-build-isolation",
+    ]
+    done = subprocess.run([*pip, "--target", target, source], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return source, target
+
+
+def python(path: Path, *arguments: str, cwd: Path | None = None) -> str:
+    """Run Python with `path` before everything else; return its output."""
+    paths = [str(path), *filter(None, [os.environ.get("PYTHONPATH")])]
+    done = subprocess.run(
+        [sys.executable, *arguments],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"},
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_its_names_are_listed(plugin):
+    out = python(plugin[1], "-c", "from kvplug.cli import main; main(['list'])")
+    assert "int8_token   Symmetric int8" in out
+    assert "keynorm      Keep the `budget` tokens" in out
+
+
+def test_its_stages_work_by_name(plugin):
+    code = (
+        PREAMBLE
+        + """
+assert "kvplug_example.int8_token" not in __import__("sys").modules  # imported when asked for
+
+exact = generate("growing")
+coded = generate("int8_token(block=8)")
+assert coded.past_key_values.strategy.codec.block == 8
+assert coded.past_key_values.stats()["blocks_encoded"] == 2 * (69 // 8)
+assert coded.past_key_values.nbytes() < 0.6 * exact.past_key_values.nbytes()
+assert generate("keynorm(budget=16, every=4)").past_key_values.held() < 16 + 4
+assert (generate("keynorm(budget=70)").sequences == exact.sequences).all()
+
+for name in ("int8_token+host", "static+int8_token(block=8)", "sinks(window=14)+int8_token"):
+    cache = generate(name).past_key_values
+    assert kvplug.parse(cache.stats()["strategy"]) == cache.strategy
+try:
+    kvplug.parse("keynorm+int8")
+except kvplug.SpecError as e:
+    assert "single tokens" in str(e)
+else:
+    raise AssertionError("keynorm+int8 was accepted")
+"""
+    )
+    python(plugin[1], "-c", code)
+
+
+def test_it_passes_the_conformance_suites(plugin):
+    source, target = plugin
+    command = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "tests"]
+    assert " passed" in python(target, *command, cwd=source)
+
+
+def test_a_misspelt_name_finds_the_plugins(plugin):
+    code = """
+import kvplug
+try:
+    kvplug.parse("int8_tokn")
+except kvplug.SpecError as e:
+    print(e)
+"""
+    assert "Did you mean 'int8_token'?" in python(plugin[1], "-c", code)
+
+
+def test_a_builtin_wins_a_clash_and_says_so(tmp_path):
+    info = tmp_path / "clash-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: clash\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[kvplug.codecs]\nint8 = clash:Mine\n")
+    code = """
+import kvplug, warnings
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    assert kvplug.parse("int8").codec.__class__.__module__.startswith("kvplug.")
+    kvplug.available()
+print(*[w.message for w in caught if "int8" in str(w.message)], sep="\\n")
+"""
+    lines = python(tmp_path, "-c", code).splitlines()
+    assert len(lines) == 1
+    assert lines[0].startswith("codec 'int8' from 'clash:Mine' ignored")

@@ -1,0 +1,143 @@
+"""Every built-in retention keeps the contract."""
+
+import dataclasses
+from typing import ClassVar
+
+import pytest
+import torch
+
+import kvplug
+from kvplug.registry import REGISTRIES
+from kvplug.testing import RetentionConformance, _normal, _one_layer, prompt, tiny_llama
+
+
+@pytest.mark.parametrize("rope", [True])
+class TestRetention(RetentionConformance):
+    @pytest.fixture(
+        params=[
+            "full",
+            "window(length=9)",
+            "window(length=1)",
+            "window(length=2)",
+            "sinks(sinks=2, window=10)",
+            "sinks(sinks=1, window=1)",
+            "sinks(sinks=5, window=3)",
+        ]
+    )
+    def retention(self, request, rope):
+        return kvplug.parse(request.param).retention
+
+
+@dataclasses.dataclass(frozen=True)
+class LongKeys(kvplug.Scored):
+    """Keep the tokens whose keys are longest."""
+
+    name: ClassVar[str] = "longkeys"
+    budget: int = kvplug.option(12, "tokens kept", ge=1)
+    every: int = kvplug.option(5, "more tokens between two choices", ge=1)
+
+    def score(self, keys, values):
+        return keys.norm(dim=-1)
+
+
+@pytest.fixture
+def registered(monkeypatch):
+    monkeypatch.setitem(REGISTRIES["retention"]._targets, "longkeys", LongKeys)
+
+
+@pytest.mark.usefixtures("registered")
+class TestScored(RetentionConformance):
+    @pytest.fixture(params=[LongKeys(), LongKeys(budget=3, every=1), LongKeys(budget=4, every=20)])
+    def retention(self, request):
+        return request.param
+
+
+@pytest.mark.usefixtures("registered")
+def test_scored_keeps_the_highest_per_head():
+    layer = _one_layer(kvplug.parse("longkeys(budget=3, every=2)"))
+    length = torch.tensor([[5.0, 1, 4, 2, 3], [1, 2, 3, 4, 5]])  # [H, T]
+    keys = length[None, :, :, None].expand(1, 2, 5, 4).contiguous()
+    values = torch.arange(5.0)[None, None, :, None].expand(1, 2, 5, 4).contiguous()
+    layer.update(keys, values)
+    assert layer.values[0, :, :, 0].tolist() == [[0, 2, 4], [2, 3, 4]]
+
+
+@pytest.mark.usefixtures("registered")
+def test_scored_drops_padding_first():
+    layer = _one_layer(kvplug.parse("longkeys(budget=4, every=4)"), torch.tensor([0, 5]))
+    keys = torch.arange(8.0, 0, -1)[None, None, :, None].expand(2, 1, 8, 4).contiguous()
+    values = torch.arange(8.0)[None, None, :, None].expand(2, 1, 8, 4).contiguous()
+    layer.update(keys, values)  # keys get shorter: without padding the first 4 stay
+    assert layer.values[:, 0, :, 0].tolist() == [[0, 1, 2, 3], [4, 5, 6, 7]]
+
+
+@pytest.mark.usefixtures("registered")
+@pytest.mark.parametrize("rest", ["int8", "static(max_cache_len=64)", "host"])
+def test_scored_says_what_it_does_not_go_with(rest):
+    with pytest.raises(kvplug.SpecError, match=r"'longkeys' picks single tokens .* needs growing"):
+        kvplug.parse(f"longkeys+{rest}")
+
+
+@pytest.mark.parametrize(
+    "spec", ["window(length=9)", "window(length=9)+host", "window(length=12)+static"]
+)
+def test_window_is_that_of_a_model_trained_with_one(spec):
+    """`window(length=w)` on Llama attends to what Mistral with `sliding_window=w` does."""
+    from transformers import MistralConfig, MistralForCausalLM
+
+    length = kvplug.parse(spec).retention.length
+    llama = tiny_llama()
+    config = {
+        k: v
+        for k, v in llama.config.to_dict().items()
+        if k not in ("model_type", "architectures", "sliding_window", "transformers_version")
+    }
+    mistral = MistralForCausalLM(MistralConfig(**config, sliding_window=length)).eval()
+    mistral.load_state_dict(llama.state_dict())
+    ids = prompt(5)  # within the window: a longer prompt is read in full by ours
+    new = {"max_new_tokens": 40, "do_sample": False, "eos_token_id": None}
+    theirs = mistral.generate(ids, pad_token_id=0, **new)
+    assert torch.equal(llama.generate(ids, cache_implementation=spec, **new), theirs)
+    assert not torch.equal(llama.generate(ids, **new), theirs)  # the window matters here
+
+
+@pytest.mark.parametrize(
+    "spec", ["sinks(sinks=3, window=8)", "sinks(sinks=3, window=8)+int8(block=8)"]
+)
+def test_sinks_stand_right_before_the_window(spec):
+    """A step equals a forward without cache over the kept tokens at positions 0, 1, 2, ...
+
+    Only the first layer's keys are a function of the token alone, so a model of one layer.
+    """
+    model, ids = tiny_llama(num_hidden_layers=1), prompt(40)
+    cache = kvplug.build(spec, model.config)
+    exact = kvplug.parse(spec).codec.lossless
+    with torch.no_grad():
+        for i in range(40):
+            ours = model(ids[:, i : i + 1], past_key_values=cache).logits[:, -1]
+            kept = ids[:, : i + 1] if i < 11 else torch.cat((ids[:, :3], ids[:, i - 7 : i + 1]), 1)
+            expected = model(kept, use_cache=False).logits[:, -1]
+            worst = float((ours - expected).abs().max() / expected.abs().max())
+            assert worst < (1e-4 if exact else 0.05)
+
+
+def test_sinks_of_a_padded_row_are_its_own_first_tokens():
+    layer = _one_layer(kvplug.parse("sinks(sinks=2, window=4)"), torch.tensor([0, 3]))
+    values = torch.arange(12.0)[None, None, :, None].expand(2, 1, 12, 2).contiguous()
+    for i in range(12):
+        layer.update(_normal(2, 1, 1, 4, seed=i), values[:, :, i : i + 1])
+        if i == 6:  # row 0 has overflowed, row 1 (3 padding, 4 real tokens) has not
+            assert layer.values[:, 0, :, 0].tolist() == [[0, 1, 4, 5, 6], [2, 3, 4, 5, 6]]
+    assert layer.values[:, 0, :, 0].tolist() == [[0, 1, 9, 10, 11], [3, 4, 9, 10, 11]]
+
+
+def test_evicted_says_what_to_do():
+    layer = _one_layer(kvplug.parse("window(length=4)"))
+    layer.update(_normal(1, 1, 20, 4, seed=0), _normal(1, 1, 20, 4, seed=1))
+    before = layer.keys
+    with pytest.raises(
+        kvplug.Evicted, match=r"cannot crop 9 of 20 tokens.*activate_past_recording"
+    ):
+        layer.crop(-9)
+    assert layer.get_seq_length() == 20
+    assert torch.equal(layer.keys, before)

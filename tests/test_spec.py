@@ -1,0 +1,205 @@
+"""Strategies as text: the grammar, round trips, presets, and every error with its words."""
+
+import copy
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import kvplug
+from kvplug.spec import DEFAULTS, PREFIX, PRESETS
+
+RETENTION = st.one_of(
+    st.just("full"),
+    st.integers(1, 10**6).map(lambda n: f"window(length={n})"),
+    st.builds("sinks(sinks={}, window={})".format, st.integers(1, 9), st.integers(1, 9999)),
+    st.sampled_from(["window", "sinks", "sinks(window=5)"]),
+)
+LAYOUT = st.sampled_from(["growing", "growing()", "static", "static(max_cache_len=99)"])
+CODEC = st.one_of(
+    st.sampled_from(["exact", "int8", "int4()", "int2"]),
+    st.builds(
+        "{}(block={}, group={}, tail={}, k_bits={}, v_bits={})".format,
+        st.sampled_from(["int8", "int4", "int2"]),
+        st.sampled_from([8, 16, 64, 256]),
+        st.integers(1, 512),
+        st.integers(0, 512),
+        st.sampled_from([2, 4, 8]),
+        st.sampled_from([2, 4, 8]),
+    ),
+)
+PLACEMENT = st.sampled_from(["device", "host", "disk", "disk(folder=None)", "disk(folder='/tmp')"])
+KERNEL = st.sampled_from(["auto", "reference"])
+
+
+@given(
+    stages=st.tuples(RETENTION, LAYOUT, CODEC, PLACEMENT, KERNEL),
+    given_=st.lists(st.booleans(), min_size=5, max_size=5),
+    order=st.permutations(range(5)),
+    space=st.sampled_from(["+", " + ", "+ "]),
+    prefix=st.sampled_from(["", PREFIX]),
+)
+@settings(max_examples=150, deadline=None, derandomize=True, database=None)
+def test_repr_and_str_parse_back(stages, given_, order, space, prefix):
+    words = [stages[i] for i in order if given_[i]] or ["growing"]
+    strategy = kvplug.parse(prefix + space.join(words))
+    assert kvplug.parse(repr(strategy)) == strategy
+    assert kvplug.parse(str(strategy)) == strategy
+    assert kvplug.parse(PREFIX + repr(strategy)) == strategy
+    assert hash(kvplug.parse(repr(strategy))) == hash(strategy)
+    assert len(str(strategy)) <= len(repr(strategy))
+    for stage in strategy.stages():
+        named = any(w.partition("(")[0] == stage.name for w in words)
+        assert named or stage.name == DEFAULTS[stage.kind]
+
+
+def test_what_is_left_out_takes_the_default():
+    full = "full()+growing()+exact(block=64, tail=0)+device()+auto()"
+    assert repr(kvplug.parse("growing")) == full
+    assert str(kvplug.parse(full)) == "growing"
+    assert str(kvplug.parse("host+int4(tail=64, group=16)")) == "int4(group=16)+host"
+
+
+@pytest.mark.parametrize(("preset", "spec"), PRESETS.items())
+def test_presets(preset, spec):
+    assert kvplug.parse(preset) == kvplug.parse(spec)
+
+
+def test_presets_are_the_documented_ones():
+    assert set(PRESETS) == {
+        "kvplug:static",
+        "kvplug:sliding_window",
+        "kvplug:quantized",
+        "kvplug:offloaded",
+    }
+    assert kvplug.parse("kvplug:sliding_window").retention.name == "window"
+    assert kvplug.parse("kvplug:quantized").codec.name == "int4"
+    assert kvplug.parse("kvplug:offloaded").placement.name == "host"
+
+
+def test_arguments_by_name():
+    config = {"group": 16, "tail": 128}
+    before = copy.deepcopy(config)
+    strategy = kvplug.parse("int4+host", config)
+    assert strategy == kvplug.parse("int4(group=16, tail=128)+host")
+    assert config == before
+    assert kvplug.parse("window+int8", {"length": 7, "block": 8}) == kvplug.parse(
+        "window(length=7)+int8(block=8)"
+    )
+    assert kvplug.parse("kvplug:quantized", {"k_bits": 8}).codec.k_bits == 8
+    assert kvplug.parse("int4", {}) == kvplug.parse("int4", None) == kvplug.parse("int4")
+
+
+ERRORS = {
+    # unknown stage
+    "imt8": "unknown cache stage 'imt8'. Did you mean 'int8'? Known: full, sinks, window,",
+    "INT8": "unknown cache stage 'INT8'. Did you mean 'int8'?",
+    "int4+hots": "unknown cache stage 'hots'. Did you mean 'host'?",
+    "kvplug:sttic": "unknown cache stage 'sttic'. Did you mean 'static'?",
+    "qqqqqq": "unknown cache stage 'qqqqqq'. Known: ",
+    # two of a kind
+    "int4+int8": "'int4+int8': two stages of kind codec, 'int4' and 'int8'; give one",
+    "window+int4+sinks": "two stages of kind retention, 'window' and 'sinks'; give one",
+    "host+host": "two stages of kind placement, 'host' and 'host'; give one",
+    # arguments
+    "int4(grup=3)": "unknown argument of 'int4': 'grup'. Did you mean 'group'? "
+    "Known: block, tail, group, k_bits, v_bits.",
+    "device(x=3)": "unknown argument of 'device': 'x'. It takes none.",
+    "int4(group='a')": "int4(group='a'): group must be int",
+    "int4(group=2.5)": "int4(group=2.5): group must be int",
+    "int4(group=True)": "int4(group=True): group must be int",
+    "int4(group=None)": "int4(group=None): group must be int",
+    "static(max_cache_len='a')": "static(max_cache_len='a'): max_cache_len must be int or None",
+    "int4(group=0)": "int4(group=0): group must be at least 1",
+    "int4(tail=-1)": "int4(tail=-1): tail must be at least 0",
+    "int4(block=7)": "int4(block=7): block must be one of 8, 16, 32, 64, 128, 256",
+    "int4(k_bits=3)": "int4(k_bits=3): k_bits must be one of 2, 4, 8",
+    "window(length=0)": "window(length=0): length must be at least 1",
+    "sinks(sinks=0)": "sinks(sinks=0): sinks must be at least 1",
+    "disk(folder=3)": "disk(folder=3): folder must be str or None",
+    # syntax
+    "": "cannot read cache strategy '': ",
+    "int4+": "cannot read cache strategy 'int4+': ",
+    "int4 int8": "cannot read cache strategy 'int4 int8': ",
+    "int4(": "cannot read cache strategy 'int4(': ",
+    "int4-int8": "'int4 - int8' is not a stage name",
+    "3": "'3' is not a stage name",
+    "a.b": "'a.b' is not a stage name",
+    "int4(32)": "'int4(32)' has an argument without a name",
+    "int4(**{})": "'int4(**{})' unpacks arguments",
+    "int4(group=f())": "group=f() is not a literal",
+    "int4(group=x)": "group=x is not a literal",
+    "int4(group=1)(tail=2)": "is not a stage name",
+    "int4(group=1, group=2)": "'int4(group=1, group=2)' gives 'group' twice",
+    "kvplug:": "cannot read cache strategy 'kvplug:'",
+}
+
+
+@pytest.mark.parametrize("spec", ERRORS)
+def test_errors_say_what_is_wrong(spec):
+    with pytest.raises(kvplug.SpecError) as e:
+        kvplug.parse(spec)
+    assert ERRORS[spec] in str(e.value)
+    assert isinstance(e.value, ValueError)
+
+
+@pytest.mark.parametrize("spec", [None, 3, ["int4"], b"int4"])
+def test_a_spec_is_text(spec):
+    with pytest.raises(kvplug.SpecError, match="a cache strategy is a string such as"):
+        kvplug.parse(spec)
+
+
+@pytest.mark.parametrize(
+    ("spec", "config", "text"),
+    [
+        ("int4", {"grup": 3}, "unknown argument of 'int4': 'grup'. Did you mean 'group'?"),
+        ("int4(group=8)", {"group": 8}, "'group' is given twice, in the spec and as an argument"),
+        ("int4", {"length": 8}, "unknown argument of 'int4': 'length'"),
+        ("int4", {"group": 0}, "group must be at least 1"),
+        ("int4", {"group": "x"}, "group must be int"),
+    ],
+)
+def test_errors_of_arguments_by_name(spec, config, text):
+    before = dict(config)
+    with pytest.raises(kvplug.SpecError) as e:
+        kvplug.parse(spec, config)
+    assert text in str(e.value)
+    assert config == before
+
+
+def test_an_argument_of_two_stages_is_ambiguous(monkeypatch):
+    from dataclasses import dataclass
+    from typing import ClassVar
+
+    from kvplug.registry import REGISTRIES
+
+    @dataclass(frozen=True)
+    class Grouped(kvplug.Retention):
+        name: ClassVar[str] = "grouped"
+        group: int = kvplug.option(3, "clashes with the codec's")
+
+    monkeypatch.setitem(REGISTRIES["retention"]._targets, "grouped", Grouped)
+    with pytest.raises(kvplug.SpecError, match="'group' belongs to 'grouped' and 'int4'; write it"):
+        kvplug.parse("grouped+int4", {"group": 8})
+    assert kvplug.parse("grouped(group=5)+int4(group=8)").retention.group == 5
+
+
+def test_a_float_option_takes_an_integer():
+    from dataclasses import dataclass
+    from typing import ClassVar
+
+    @dataclass(frozen=True)
+    class Part(kvplug.Retention):
+        name: ClassVar[str] = "part"
+        share: float = kvplug.option(0.5, "of the tokens", ge=0)
+
+    assert Part(share=1).share == 1
+    with pytest.raises(kvplug.SpecError, match="share must be float"):
+        Part(share="1")
+
+
+def test_nothing_in_a_spec_is_evaluated(tmp_path):
+    target = tmp_path / "written"
+    with pytest.raises(kvplug.SpecError, match="is not a literal"):
+        kvplug.parse(f"int4(group=open({str(target)!r}, 'w'))")
+    assert not target.exists()

@@ -1,0 +1,208 @@
+"""`static`: one graph for a decode step at every length, eager and compiled alike, never past the end."""
+
+import copy
+
+import pytest
+import torch
+from transformers import DynamicCache
+
+import kvplug
+from kvplug.testing import assert_close, prompt, tiny_llama
+
+SPECS = ["static", "static+int8(block=8)", "static+int4(block=8, tail=8)"]
+
+
+@pytest.fixture(autouse=True)
+def dynamo():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def compiled_decode(model, backend, monkeypatch):
+    """A decode step as one graph that may be compiled only once."""
+
+    def step(token, cache):
+        return model(token, past_key_values=cache).logits
+
+    count = torch._dynamo.testing.CompileCounterWithBackend(backend)
+    monkeypatch.setattr(torch._dynamo.config, "error_on_recompile", True)
+    return torch.compile(step, backend=count, fullgraph=True), count
+
+
+@pytest.mark.parametrize("spec", SPECS)
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_compiled_once_for_all_lengths(spec, backend, monkeypatch):
+    """Forty steps over block borders: one graph, no recompilation, what eager steps give."""
+    model, ids = tiny_llama(), prompt(13)
+    steps = prompt(40, seed=1)
+    cache, eager = (kvplug.build(spec, model.config, max_cache_len=64) for _ in range(2))
+    assert cache.is_compileable
+    decode, count = compiled_decode(model, backend, monkeypatch)
+    with torch.no_grad():
+        model(ids, past_key_values=cache)
+        model(ids, past_key_values=eager)
+        for i in range(40):
+            token = steps[:, i : i + 1]
+            assert_close(decode(token, cache), model(token, past_key_values=eager).logits)
+    assert count.frame_count == 1
+    assert int(cache.get_seq_length()) == int(eager.get_seq_length()) == 53
+    for a, b in zip(cache.layers, eager.layers, strict=True):
+        torch.testing.assert_close(a.keys, b.keys, atol=1e-4, rtol=1e-4)
+    assert sum(cache.stats()["materialised"].values()) == 0
+
+
+def test_inductor(monkeypatch):
+    """The compiler that users run, once."""
+    model, ids = tiny_llama(num_hidden_layers=1), prompt(13)
+    cache, eager = (
+        kvplug.build("static+int8(block=8)", model.config, max_cache_len=40) for _ in range(2)
+    )
+    decode, count = compiled_decode(model, "inductor", monkeypatch)
+    with torch.no_grad():
+        model(ids, past_key_values=cache)
+        model(ids, past_key_values=eager)
+        for i in range(20):
+            token = prompt(1, seed=i)
+            assert_close(decode(token, cache), model(token, past_key_values=eager).logits)
+    assert count.frame_count == 1
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_reset_needs_no_new_graph(spec, monkeypatch):
+    model = tiny_llama()
+    cache = kvplug.build(spec, model.config, max_cache_len=48)
+    decode, count = compiled_decode(model, "eager", monkeypatch)
+    results = []
+    with torch.no_grad():
+        for _ in range(2):
+            model(prompt(17), past_key_values=cache)
+            results.append([decode(prompt(1, seed=i), cache) for i in range(12)])
+            cache.reset()
+    assert count.frame_count == 1
+    for a, b in zip(*results, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_overflow_is_an_error_and_changes_nothing(spec):
+    model = tiny_llama()
+    cache = kvplug.build(spec, model.config, max_cache_len=20)
+    with torch.no_grad():
+        model(prompt(19), past_key_values=cache)
+        model(prompt(1), past_key_values=cache)
+        before = [(layer.keys.clone(), layer.values.clone()) for layer in cache.layers]
+        with pytest.raises(
+            kvplug.CacheOverflow,
+            match=r"static cache of max_cache_len=20 holds 20 tokens and cannot take 1 more; "
+            r"build it with max_cache_len >= 21",
+        ):
+            model(prompt(1), past_key_values=cache)
+        with pytest.raises(kvplug.CacheOverflow, match="cannot take 5 more"):
+            model(prompt(5), past_key_values=cache)
+    assert int(cache.get_seq_length()) == 20
+    for layer, (keys, values) in zip(cache.layers, before, strict=True):
+        assert torch.equal(layer.keys, keys)
+        assert torch.equal(layer.values, values)
+
+
+@pytest.mark.parametrize("spec", SPECS)
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_overflow_of_a_compiled_step(spec, backend, monkeypatch):
+    model = tiny_llama()
+    cache = kvplug.build(spec, model.config, max_cache_len=20)
+    decode, _ = compiled_decode(model, backend, monkeypatch)
+    with torch.no_grad():
+        model(prompt(18), past_key_values=cache)
+        for i in range(2):
+            decode(prompt(1, seed=i), cache)
+        before = [(layer.keys.clone(), layer.values.clone()) for layer in cache.layers]
+        with pytest.raises(kvplug.CacheOverflow, match="max_cache_len=20"):
+            decode(prompt(1), cache)
+    assert int(cache.get_seq_length()) == 20
+    for layer, (keys, values) in zip(cache.layers, before, strict=True):
+        assert torch.equal(layer.keys, keys)
+        assert torch.equal(layer.values, values)
+
+
+def test_compiled_equals_dynamic(monkeypatch):
+    model, ids = tiny_llama(), prompt(30)
+    plain = model.generate(ids, max_new_tokens=20, do_sample=False)
+    cache, dynamic = kvplug.build("static", model.config, max_cache_len=64), DynamicCache()
+    decode, _ = compiled_decode(model, "eager", monkeypatch)
+    with torch.no_grad():
+        logits = model(ids, past_key_values=cache).logits[:, -1:]
+        assert_close(logits, model(ids, past_key_values=dynamic).logits[:, -1:])
+        out = [logits.argmax(-1)]
+        for _ in range(19):
+            out.append(decode(out[-1], cache)[:, -1:].argmax(-1))
+    assert torch.equal(torch.cat((ids, *out), 1), plain)
+
+
+def test_what_compiles_says_so():
+    config = tiny_llama().config
+    compileable = {
+        "static": True,
+        "static+int8": True,
+        "growing": False,
+        "int8": False,
+        "static+window(length=9)": False,
+        "static+host": False,
+        "static+sinks+disk": False,
+    }
+    for spec, expected in compileable.items():
+        assert kvplug.build(spec, config, max_cache_len=64).is_compileable is expected
+
+
+def test_room_must_be_known():
+    with pytest.raises(kvplug.SpecError, match="'static' needs max_cache_len"):
+        kvplug.build("static", tiny_llama().config)
+    cache = kvplug.build("static(max_cache_len=33)", tiny_llama().config)
+    assert cache.get_max_length() == 33
+    both = kvplug.build("static(max_cache_len=33)", tiny_llama().config, max_cache_len=99)
+    assert both.get_max_length() == 33
+
+
+@pytest.mark.parametrize("spec", ["static", "static+int8(block=8)"])
+def test_room_is_reserved_once(spec):
+    model = tiny_llama()
+    cache = kvplug.build(spec, model.config, max_cache_len=64)
+    with torch.no_grad():
+        model(prompt(5), past_key_values=cache)
+        size = cache.nbytes()
+        for i in range(40):
+            model(prompt(1, seed=i), past_key_values=cache)
+        assert cache.nbytes() == size
+        twin = copy.deepcopy(cache)
+        model(prompt(1), past_key_values=twin)
+    assert twin.nbytes() == size
+    assert int(cache.get_seq_length()) == 45
+
+
+@pytest.mark.parametrize(
+    "spec", ["window(length=9)", "sinks(sinks=2, window=9)+int8(block=8)", "host"]
+)
+def test_reserved_but_not_compiled_overflows_too(spec):
+    model = tiny_llama()
+    cache = kvplug.build(f"static+{spec}", model.config, max_cache_len=20)
+    with torch.no_grad():
+        model(prompt(20), past_key_values=cache)
+        with pytest.raises(kvplug.CacheOverflow, match="holds 20 tokens and cannot take 1 more"):
+            model(prompt(1), past_key_values=cache)
+    assert cache.get_seq_length() == 20
+
+
+def test_generate_reserves_what_it_needs():
+    model, ids = tiny_llama(), prompt(10)
+    out = model.generate(
+        ids, max_new_tokens=7, cache_implementation="kvplug:static", return_dict_in_generate=True
+    )
+    assert out.past_key_values.get_max_length() >= 16
+    out = model.generate(
+        ids,
+        max_new_tokens=7,
+        max_cache_len=50,
+        cache_implementation="kvplug:static",
+        return_dict_in_generate=True,
+    )
+    assert out.past_key_values.get_max_length() == 50

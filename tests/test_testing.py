@@ -1,0 +1,251 @@
+"""The suites themselves: each must turn red where the contract is broken."""
+
+import copy
+from dataclasses import dataclass
+from typing import ClassVar
+
+import pytest
+import torch
+
+import kvplug
+from kvplug.codecs.affine import Int8
+from kvplug.layer import Layer
+from kvplug.testing import (
+    CodecConformance,
+    PlacementConformance,
+    RetentionConformance,
+    StrategyConformance,
+    _Machine,
+    _normal,
+    _one_layer,
+    peak_bytes,
+    tiny_llama,
+    walked_bytes,
+)
+
+
+@dataclass(frozen=True)
+class Good(Int8):
+    """int8 under a name that says where it is used."""
+
+    name: ClassVar[str] = "int8"
+    block: int = kvplug.option(8, "tokens per block")
+
+
+class Coarse(Good):
+    """Writes 4 bits and claims the error of 8."""
+
+    def encode(self, keys, values):
+        data = super().encode(keys, values)
+        return data | {"k_codes": data["k_codes"] & 0xF0}
+
+
+class Boundless(Good):
+    """Claims nothing, so that nothing can be wrong."""
+
+    def max_error(self, data):
+        return tuple(torch.full_like(x, 1e9) for x in self.decode(data))
+
+
+class Silent(Good):
+    """Turns NaN into zero."""
+
+    def encode(self, keys, values):
+        return super().encode(keys.nan_to_num(0, 0, 0), values.nan_to_num(0, 0, 0))
+
+
+class Leaky(Good):
+    """One scale over all blocks."""
+
+    def encode(self, keys, values):
+        data = super().encode(keys, values)
+        for name in ("k_scale", "v_scale"):
+            x = data[name]
+            data[name] = x.amax(2, keepdim=True).expand_as(x).clone() if x.shape[2] else x
+        return data
+
+
+class Writer(Good):
+    """Changes what it is given."""
+
+    def encode(self, keys, values):
+        keys.mul_(1.5)
+        return super().encode(keys, values)
+
+
+class PerToken(Good):
+    """Quantizes keys per token: one large channel swamps all others."""
+
+    def encode(self, keys, values):
+        scale = keys.float().abs().amax(-1, keepdim=True).clamp_min(1e-8) / 127
+        return super().encode((keys / scale).round() * scale, values)
+
+
+class Boastful(Good):
+    decodes_in_place = True
+
+
+suite = CodecConformance()
+
+
+@pytest.mark.parametrize(
+    ("codec", "check"),
+    [
+        (Coarse(), lambda c: suite.test_error_within_own_bound(c, torch.float32, 3, 64, 48)),
+        (Boundless(), suite.test_bound_says_something),
+        (
+            Silent(),
+            lambda c: suite.test_what_is_not_finite_stays_where_it_is_and_shows(
+                c, float("nan"), torch.float32
+            ),
+        ),
+        (Leaky(), suite.test_later_tokens_may_be_larger),
+        (Leaky(), suite.test_blocks_encode_as_they_would_alone),
+        (Writer(), suite.test_input_is_neither_changed_nor_kept),
+        (PerToken(), suite.test_large_key_bias),
+        (Boastful(), suite.test_decodes_in_place_tells_the_truth),
+    ],
+)
+def test_a_broken_codec_is_found_out(codec, check):
+    check(Good())
+    with pytest.raises(AssertionError):
+        check(codec)
+
+
+def test_a_placement_that_shares_room_is_found_out():
+    class Shared(kvplug.Place):
+        room = torch.zeros(1 << 12, dtype=torch.uint8)
+
+        def empty(self, shape, dtype, device):
+            n = torch.Size(shape).numel() * torch.empty(0, dtype=dtype).element_size()
+            return self.room[:n].view(dtype).view(shape)
+
+    class Sharing(kvplug.Placement):
+        name = "sharing"
+
+        def open(self):
+            return Shared()
+
+    with pytest.raises(AssertionError):
+        PlacementConformance().test_rooms_are_apart(Sharing(), Shared())
+
+
+def test_eviction_before_attention_is_found_out(monkeypatch):
+    """The prefill would be read through the window."""
+    strategy = kvplug.parse("window(length=9)")
+    checks = RetentionConformance()
+    checks.test_prompt_is_read_in_full(strategy, 9)
+    plain = Layer._visible
+    monkeypatch.setattr(
+        Layer, "_visible", lambda self, first: plain(self, max(first, self.seen - 9))
+    )
+    with pytest.raises((AssertionError, RuntimeError, ValueError)):
+        checks.test_prompt_is_read_in_full(strategy, 9)
+
+
+def test_a_second_encoding_of_a_block_is_found_out(monkeypatch):
+    strategy = kvplug.parse("int4(block=8, tail=8)")
+    checks = StrategyConformance()
+    checks.test_append_only(strategy)
+    plain = Layer.update
+
+    def update(self, keys, values, *args, **kwargs):
+        out = plain(self, keys, values, *args, **kwargs)
+        if len(self.blocks):  # as transformers' QuantizedCache does with all of its history
+            opened = self.strategy.codec.decode(self.blocks.read())
+            self.blocks.clear()
+            self.blocks.append(
+                self.strategy.codec.encode(*(x + 0.01 * x.roll(1, -1) for x in opened))
+            )
+        return out
+
+    monkeypatch.setattr(Layer, "update", update)
+    with pytest.raises(AssertionError):
+        checks.test_append_only(strategy)
+
+
+def test_a_dense_copy_is_found_out(monkeypatch):
+    checks = StrategyConformance()
+    for spec in ("int8(block=8)", "exact(block=8)+host", "growing"):
+        checks.test_no_dense_copy(kvplug.parse(spec))
+    plain = Layer.update
+
+    def update(self, *args, **kwargs):
+        out = plain(self, *args, **kwargs)
+        self.keys.sum()
+        return out
+
+    monkeypatch.setattr(Layer, "update", update)
+    for spec in ("int8(block=8)", "exact(block=8)+host", "growing"):
+        with pytest.raises(AssertionError):
+            checks.test_no_dense_copy(kvplug.parse(spec))
+
+
+def test_peak_counts_what_is_alive_at_once():
+    x = torch.zeros(1000)
+    assert peak_bytes(lambda: x.view(10, 100)) == 0
+    assert peak_bytes(lambda: x + 1) == 4000
+    assert peak_bytes(lambda: (x + 1).sum()) in range(4000, 4100)
+    assert peak_bytes(lambda: [x + 1, x + 2, x + 3]) == 12000
+
+    def one_after_the_other():
+        for _ in range(5):
+            y = x + 1
+            del y
+
+    assert peak_bytes(one_after_the_other) == 4000
+
+
+def test_walk_counts_shared_storage_once_and_finds_what_is_hidden():
+    x = torch.zeros(1000)
+
+    class Holder:
+        __slots__ = ("inside",)
+
+    holder = Holder()
+    holder.inside = {"a": [x, x[10:], (x.view(10, 100),)]}
+    assert walked_bytes(holder) == 4000
+    cache = kvplug.build("int8(block=8)", tiny_llama().config)
+    cache.layers[0].update(_normal(1, 2, 50, 8, seed=0), _normal(1, 2, 50, 8, seed=1))
+    honest = walked_bytes(cache)
+    assert honest == cache.nbytes()
+    cache.layers[1].scratch = torch.zeros(64)  # a forgotten copy
+    assert walked_bytes(cache) == honest + 256
+
+
+@pytest.mark.parametrize(
+    ("spec", "method", "wrong"),
+    [
+        ("growing", "crop", lambda self, n: None),
+        ("growing", "reorder_cache", lambda self, order: None),
+        (
+            "int8(block=8)",
+            "batch_select_indices",
+            lambda self, rows: self.tail.map(lambda x: x[rows]),
+        ),
+        ("window(length=9)", "get_mask_sizes", lambda self, n: (self.seen + n, 0)),
+        ("int4(block=8)", "_reopen_last_block", lambda self: self.blocks.drop_last(1)),
+        ("sinks(sinks=2, window=6)", "_lift_pins", lambda self: None),
+    ],
+)
+def test_a_broken_layer_is_found_out(monkeypatch, spec, method, wrong):
+    """The state machine, with steps that reach each operation."""
+    steps = [("update", n) for n in (13, 1, 1, 1, 8)] + [
+        ("reorder", 1),
+        ("update", 1),
+        ("select", 3),
+    ]
+    steps += [("update", 5), ("crop", 2), ("update", 1), ("record", 0), ("update", 9), ("crop", 5)]
+    steps += [("update", 1), ("update", 1)]
+    _Machine(kvplug.parse(spec), [0, 2, 1]).run(steps)
+    monkeypatch.setattr(Layer, method, wrong)
+    with pytest.raises((AssertionError, RuntimeError, IndexError, kvplug.KvplugError)):
+        _Machine(kvplug.parse(spec), [0, 2, 1]).run(steps)
+
+
+def test_deepcopy_that_shares_is_found_out():
+    layer = _one_layer(kvplug.parse("growing"))
+    layer.update(_normal(1, 2, 8, 8, seed=0), _normal(1, 2, 8, 8, seed=1))
+    twin = copy.copy(layer)
+    twin.update(torch.ones(1, 2, 1, 8), torch.ones(1, 2, 1, 8))
+    assert twin.tail is layer.tail  # what a shallow copy would do, and `test_deepcopy_...` look for
