@@ -95,9 +95,8 @@ class Buffer:
             self.start, self.end = 0, live
         if self.end + n > self.capacity:
             need = live + n
-            ahead = (
-                max(self.unit, need // 8) if live else 0
-            )  # the first rows, a prompt, take what they need
+            # the first rows, a prompt, take what they need
+            ahead = max(self.unit, need // 8) if live else 0
             self._reallocate(max(need + ahead, self.reserve), self.tensors or rows)
 
     def _reallocate(self, capacity: int, like: dict[str, Tensor]) -> None:

@@ -50,11 +50,10 @@ class Cache(transformers.Cache):
         } | self._stats.as_dict()
 
     def set_padding(self, attention_mask: Tensor | None) -> None:
-        """Tell which tokens are left padding: attention_mask [B, T], 0 for padding, before the
-        first token.
+        """Tell which tokens are left padding: attention_mask [B, T], 0 for padding.
 
-        `generate` does this. Only retention that pins or picks tokens needs it, in a loop of your
-        own.
+        `generate` does this. In a loop of your own, do it before the first forward pass where
+        retention pins or picks tokens; others do not need it.
         """
         if attention_mask is None or attention_mask.dim() != 2:
             return
@@ -67,9 +66,10 @@ class Cache(transformers.Cache):
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         """Add tokens to a layer (see `Layer.update`) while the next layer fetches its blocks."""
-        following = self.layers[(layer_idx + 1) % len(self.layers)]
-        if isinstance(following, Layer):
-            following.prefetch()
+        if self.strategy.placement.name != "device":
+            following = self.layers[(layer_idx + 1) % len(self.layers)]
+            if isinstance(following, Layer):
+                following.prefetch()
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
     def __repr__(self) -> str:
@@ -108,23 +108,15 @@ def build(
             )
         strategy = strategy.replace(layout=type(strategy.layout)(max_cache_len=max_cache_len))
     stats, place = Stats(), strategy.placement.open()
-    rotation = (
-        Rotation.of(config.get_text_config(decoder=True)) if strategy.retention.first else None
-    )
-    if strategy.layout.limit is not None and strategy.layout.is_compileable(strategy):
+    text = config.get_text_config(decoder=True)
+    rotation = Rotation.of(text) if strategy.retention.first else None
+    if strategy.layout.is_compileable(strategy):
         theirs = transformers.StaticCache(config=config, max_cache_len=strategy.layout.limit).layers
-        coded = strategy.codec.name != "exact"
-        layers = [
-            (StaticCodedLayer if coded else OurStaticLayer)(strategy, stats)
-            if type(layer) is StaticLayer
-            else layer
-            for layer in theirs
-        ]
+        ours = OurStaticLayer if strategy.codec.name == "exact" else StaticCodedLayer
+        layers = [ours(strategy, stats) if type(x) is StaticLayer else x for x in theirs]
     else:
-        layers = [
-            _layer(layer, strategy, place, stats, rotation)
-            for layer in transformers.DynamicCache(config=config).layers
-        ]
+        theirs = transformers.DynamicCache(config=config).layers
+        layers = [_layer(x, strategy, place, stats, rotation) for x in theirs]
     if not any(isinstance(layer, (Layer, OurStaticLayer)) for layer in layers):
         kinds = ", ".join(sorted({type(layer).__name__ for layer in layers})) or "none"
         raise SpecError(

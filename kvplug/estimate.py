@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING
 
 import torch
+from transformers.cache_utils import StaticLayer
 
 from .cache import build
 
@@ -37,10 +39,12 @@ def estimate(
     dtype = dtype or getattr(text, "dtype", None) or torch.float32
     cache = build(spec, config, max_cache_len=context)
     for layer, (H, Dk, Dv) in zip(cache.layers, kv_shapes(text, len(cache.layers)), strict=True):
-        if hasattr(layer, "lazy_initialization") and hasattr(layer, "crop"):
-            key, value = (
-                torch.empty(batch, H, context, D, dtype=dtype, device="meta") for D in (Dk, Dv)
-            )
+        key, value = (
+            torch.empty(batch, H, context, D, dtype=dtype, device="meta") for D in (Dk, Dv)
+        )
+        if isinstance(layer, StaticLayer):  # all room is reserved ahead
+            layer.lazy_initialization(key, value)
+        elif hasattr(layer, "lazy_initialization") and hasattr(layer, "crop"):
             layer.update(key, value)
     return cache.nbytes()
 
@@ -51,12 +55,23 @@ def kv_shapes(config: PreTrainedConfig, layers: int) -> list[tuple[int, int, int
     return [_kv_shape(c) for c in list(configs)[:layers]]
 
 
+def _stores_latents(config: PreTrainedConfig) -> bool:
+    """Whether the model stores latents and expands them after the cache: newer transformers do."""
+    module = import_module(type(config).__module__.replace(".configuration_", ".modeling_"))
+    return any(hasattr(x, "expand_kv") for x in vars(module).values() if isinstance(x, type))
+
+
 def _kv_shape(config: PreTrainedConfig) -> tuple[int, int, int]:
     heads = getattr(config, "num_attention_heads", None)
     kv_heads = getattr(config, "num_key_value_heads", None) or heads
-    if getattr(config, "multi_query", False):  # GPTBigCode, Falcon
+    # GPTBigCode, Falcon; the newer Falcons store every head
+    if getattr(config, "multi_query", False) and not getattr(
+        config, "new_decoder_architecture", False
+    ):
         kv_heads = 1
     width = getattr(config, "head_dim", None) or config.hidden_size // heads
     if rope := getattr(config, "qk_rope_head_dim", None):  # multi-head latent attention
+        if _stores_latents(config):
+            return 1, config.kv_lora_rank, rope
         return heads, config.qk_nope_head_dim + rope, config.v_head_dim
     return kv_heads, width, width

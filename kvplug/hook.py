@@ -101,10 +101,9 @@ def _prepare(original: Any) -> Any:
                 f"transformers prepared no cache for {type(self).__name__}: "
                 f"{name!r} cannot take its place"
             )
-        if isinstance(model_kwargs[slots[0]], EncoderDecoderCache):
-            model_kwargs[
-                slots[0]
-            ].self_attention_cache = cache  # cross-attention is filled once and stays as it is
+        theirs = model_kwargs[slots[0]]
+        if isinstance(theirs, EncoderDecoderCache):
+            theirs.self_attention_cache = cache  # cross-attention is filled once and stays
         else:
             model_kwargs[slots[0]] = cache
         if generation_config.is_assistant:

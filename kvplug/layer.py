@@ -69,8 +69,7 @@ class Layer(CacheLayerMixin):
         self._overlay: tuple[int, Tensor, Tensor] | None = None
         self._fetched: dict[str, Tensor] | None = None  # blocks under way to the device
 
-    # ---------------------------------------------------------------- what transformers calls in a
-    # forward pass
+    # --- what transformers calls in a forward pass
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Learn dtype and device from tokens [B, H, S, D]; reserve what a static layout asks."""
@@ -84,11 +83,12 @@ class Layer(CacheLayerMixin):
         # steady: new blocks come while attention still reads what `update` returned
         block_room = -(-room // codec.block) if self.blocked else 0
         self.blocks = Buffer(self.place, self.device, 1, block_room, steady=True)
+        deepest = 0
         if self.padding is None:
             self.padding = torch.zeros(key_states.shape[0], dtype=torch.long, device=self.device)
-        self._last_pin = (
-            int(self.padding.max()) + self.strategy.retention.first if self.pins is not None else 0
-        )
+        elif self.pins is not None:
+            deepest = int(self.padding.max())
+        self._last_pin = deepest + retention.first if self.pins is not None else 0
         self.is_initialized = True
 
     def update(
@@ -100,6 +100,8 @@ class Layer(CacheLayerMixin):
             key_states: [B, H, S, Dk], rotated where the model rotates.
             value_states: [B, H, S, Dv].
 
+        Both are stored without their gradient: a cache is for inference.
+
         Returns:
             keys [B, H, T, Dk] and values [B, H, T, Dv], T as `get_mask_sizes` announced: tensors,
             or views of what is stored. The S new tokens are in full precision, those before as they
@@ -110,6 +112,7 @@ class Layer(CacheLayerMixin):
         """
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
+        key_states, value_states = key_states.detach(), value_states.detach()
         S = key_states.shape[-2]
         self._check_room(S)
         first = self._first_visible()
@@ -145,8 +148,7 @@ class Layer(CacheLayerMixin):
         if self.is_initialized and len(self.blocks):
             self._fetched = self.place.prefetch(self.blocks.read(), self.device)
 
-    # ------------------------------------------------------------------------------------------
-    # what is kept
+    # --- what is kept
 
     def held(self) -> int:
         """Tokens that the next query can see, itself not counted."""
@@ -172,8 +174,7 @@ class Layer(CacheLayerMixin):
             keys[:, :, :n], values[:, :, :n] = self.pins.at(first, self.padding, lambda: own)
         return keys, values
 
-    # -------------------------------------------------------------------------------------------
-    # transformers' API
+    # --- transformers' API
 
     def set_padding(self, padding: Tensor) -> None:
         """Leading padding tokens of each row, [B] int, told before the first token."""
@@ -186,8 +187,7 @@ class Layer(CacheLayerMixin):
         self.record_past = True
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Forget the newest `-tokens_to_remove` tokens, then encode and drop what recording has
-        held back.
+        """Forget the newest `-tokens_to_remove` tokens; settle what recording has held back.
 
         A crop deeper than the full-precision tail decodes the block it cuts: its tokens return to
         the tail as they were stored.
@@ -246,8 +246,7 @@ class Layer(CacheLayerMixin):
             self.pins.map(change)
         self._fetched = None
 
-    # --------------------------------------------------------------------------------------
-    # columns, and reading them
+    # --- columns, and reading them
 
     def _tail_start(self) -> int:
         """The column of the oldest token in the tail."""
@@ -302,22 +301,19 @@ class Layer(CacheLayerMixin):
             return {}, 0
         n, skip = divmod(column - self._first_stored(), self.strategy.codec.block)
         blocks, self._fetched = self._fetched or self.blocks.read(), None
-        return self.place.fetch(
-            {name: x[:, :, n:] for name, x in blocks.items()}, self.device
-        ), skip
+        wanted = {name: x[:, :, n:] for name, x in blocks.items()}
+        return self.place.fetch(wanted, self.device), skip
 
-    # --------------------------------------------------------------------------------- encoding,
-    # dropping, taking back
+    # --- encoding, dropping, taking back
 
     def _settle(self) -> None:
         """Drop what no later query can see, then encode and place the blocks the tail can spare."""
         retention, codec = self.strategy.retention, self.strategy.codec
+        self._fetched = None  # a copy of blocks as they were
         if isinstance(retention, Scored):
             self._evict_by_score(retention)
             return
-        gone = (
-            self._first_visible() - self._first_stored()
-        )  # the column that pins replace is kept: it may be unpinned
+        gone = self._first_visible() - self._first_stored()
         if gone > 0:
             blocks = min(gone // codec.block, len(self.blocks))
             self.blocks.drop_first(blocks)
@@ -328,9 +324,8 @@ class Layer(CacheLayerMixin):
         n = (len(self.tail) - codec.tail) // codec.block
         if n > 0:
             rows = self.tail.read(0, n * codec.block)
-            self.blocks.append(
-                codec.encode(*(rows[x].unflatten(2, (n, codec.block)) for x in ("k", "v")))
-            )
+            keys, values = (rows[x].unflatten(2, (n, codec.block)) for x in ("k", "v"))
+            self.blocks.append(codec.encode(keys, values))
             self.tail.drop_first(n * codec.block)
             self.stats.blocks_encoded += n
 
@@ -338,9 +333,8 @@ class Layer(CacheLayerMixin):
         if len(self.tail) < retention.budget + retention.every:
             return
         rows = self.tail.read()
-        keep = retention.keep(
-            rows["k"], rows["v"], (self.padding - self._tail_start()).clamp_min(0)
-        )[..., None]
+        padding = (self.padding - self._tail_start()).clamp_min(0)  # what is left of it
+        keep = retention.keep(rows["k"], rows["v"], padding)[..., None]
         self.tail.map(lambda x: x.gather(2, keep.expand(-1, -1, -1, x.shape[-1])))
         self._since_eviction = 0
 
@@ -362,14 +356,12 @@ class Layer(CacheLayerMixin):
         elif retention.newest is None:
             lost = False
         else:
-            lost = (
-                max(0, self.seen - n - (retention.newest - 1) - retention.first)
-                < self._first_stored()
-            )
+            first = max(0, self.seen - n - (retention.newest - 1) - retention.first)
+            lost = first < self._first_stored()
         if lost:
             raise Evicted(
-                f"cannot crop {n} of {self.seen} tokens: {retention} has dropped some that would be "
-                "visible then; call activate_past_recording() before tokens that may be taken back"
+                f"cannot crop {n} of {self.seen} tokens: {retention} has dropped some that would "
+                "be visible then; call activate_past_recording() before such tokens come"
             )
 
     def _check_room(self, S: int) -> None:
@@ -377,8 +369,7 @@ class Layer(CacheLayerMixin):
         if limit is not None and self.seen + S > limit:
             raise CacheOverflow(overflow(limit, self.seen, S))
 
-    # ----------------------------------------------------------------------------------------------
-    # pins in the tail
+    # --- pins in the tail
 
     def _lay_pins(self, first: int) -> None:
         """Write the pins over the columns right before the window: one slice then holds both."""

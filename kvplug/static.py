@@ -41,7 +41,7 @@ class StaticLayer(TransformersStaticLayer):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         self._check_room(key_states.shape[-2])
-        return super().update(key_states, value_states, *args, **kwargs)
+        return super().update(key_states.detach(), value_states.detach(), *args, **kwargs)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """All room, from column 0."""
@@ -172,8 +172,8 @@ class StaticCodedLayer(StaticLayer):
             self.lazy_initialization(key_states, value_states)
         self._check_room(key_states.shape[-2])
         if torch.compiler.is_compiling():
-            return self._compiled_step(key_states, value_states)
-        return self._append(key_states, value_states)
+            return self._compiled_step(key_states.detach(), value_states.detach())
+        return self._append(key_states.detach(), value_states.detach())
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """All room for a decode step, whose shapes must not change; else what is in use."""

@@ -15,9 +15,9 @@ class TestMyStrategy(StrategyConformance):
 ```
 
 A suite asks the stage itself what it promises (`codec.lossless`, `codec.max_error`,
-`retention.newest`, ...) and skips, with the reason, what it does not promise. Models are tiny, random
-and built from a config: nothing is downloaded. Use small blocks and windows, so that short sequences
-reach every edge. Needs pytest and hypothesis, which only this module imports.
+`retention.newest`, ...) and skips, with the reason, what it does not promise. Models are tiny,
+random and built from a config: nothing is downloaded. Use small blocks and windows, so that short
+sequences reach every edge. Needs pytest and hypothesis, which only this module imports.
 """
 
 from __future__ import annotations
@@ -47,28 +47,27 @@ from transformers.cache_utils import DynamicLayer
 from .buffer import Buffer
 from .cache import Cache, build
 from .codecs.exact import Exact
-from .errors import CacheOverflow, Evicted, SpecError
-from .kernels.base import Kernel
+from .errors import CacheOverflow, Evicted
 from .kernels.reference import Reference
 from .layer import Layer
 from .layout.growing import Growing
-from .placement.base import Place, Placement
 from .placement.device import Device
 from .retention.base import Retention, Scored
 from .retention.full import Full
 from .spec import PREFIX, Strategy, parse
 from .static import StaticCodedLayer, StaticLayer
-from .stats import Stats
 from .stored import Stored
 from .view import View
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
 
     from torch import Tensor
     from transformers import PreTrainedModel
 
     from .codecs.base import Codec, Encoded
+    from .kernels.base import Kernel
+    from .placement.base import Place, Placement
 
 __all__ = [
     "CodecConformance",
@@ -180,7 +179,7 @@ def assert_close(actual: Tensor, expected: Tensor, dtype: torch.dtype = torch.fl
 
 
 def walked_bytes(root: object) -> int:
-    """Bytes of all tensors that the garbage collector can reach from an object, shared storage once.
+    """Bytes of all tensors that the garbage collector reaches from an object, storage once.
 
     Written apart from `Cache.nbytes`, which it judges: no list of containers, no attribute names.
     """
@@ -325,7 +324,8 @@ def _assert_within_bound(codec: Codec, keys: Tensor, values: Tensor, data: Encod
         assert bound.isfinite().all(), f"{side}: the bound is not finite"
         error = (y.double() - x.double()).abs()
         over = error - bound * (1 + 1e-6)
-        assert not (over > 0).any() and error.isfinite().all(), (
+        assert error.isfinite().all(), f"{side}: decoded something that is not finite"
+        assert not (over > 0).any(), (
             f"{side}: error {float(error.max()):.6g}, {float(over.max()):.3g} above the bound"
         )
 
@@ -405,7 +405,7 @@ class CodecConformance:
             assert (x.float() - constant).abs().max() <= 2e-3 * abs(constant) + 1e-6
 
     def test_later_tokens_may_be_larger(self, codec: Codec) -> None:
-        """No scale is frozen by the first tokens: blocks 100 times larger are as exact, relatively."""
+        """No scale is frozen by the first tokens: larger blocks are as exact, relatively."""
         keys, values = _blocks(codec, N=3)
         factor = torch.tensor([1.0, 100.0, 0.01])[:, None, None]
         data = codec.encode(keys * factor, values * factor)
@@ -416,7 +416,7 @@ class CodecConformance:
             assert bound[2] <= bound[0] + 1e-6
 
     def test_large_key_bias(self, codec: Codec) -> None:
-        """A constant of 600 in one key channel (Qwen2) moves all scores alike: attention is as good."""
+        """600 in one key channel (Qwen2) moves all scores alike: attention is as good."""
         if not self.key_bias:
             pytest.skip(f"{codec.name}: says key_bias = False")
         keys, values = _blocks(codec, B=1, H=2, N=4, seed=3)
@@ -439,7 +439,7 @@ class CodecConformance:
     def test_what_is_not_finite_stays_where_it_is_and_shows(
         self, codec: Codec, poison: float, dtype: torch.dtype
     ) -> None:
-        """NaN and infinity neither turn into plausible numbers nor reach other blocks, heads, rows."""
+        """NaN and infinity become no plausible numbers and reach no other block, head, row."""
         keys, values = _blocks(codec, N=3, dtype=dtype)
         clean = codec.encode(keys.clone(), values.clone())
         where = (1, 2, 1, 3, 5)
@@ -455,7 +455,7 @@ class CodecConformance:
     @pytest.mark.parametrize("size", [1e5, 1e6, 3e38])
     @pytest.mark.parametrize("sign", [1, -1])
     def test_what_is_too_large_shows(self, codec: Codec, size: float, sign: int) -> None:
-        """Beyond the range of the codec's scales: within the bound, or not finite; never clipped."""
+        """Beyond the range of the scales: within the bound, or not finite; never clipped."""
         keys, values = _blocks(codec, N=1)
         where = (0, 1, 0, 2, 3)
         keys[where] = values[where] = sign * size
@@ -610,7 +610,7 @@ class PlacementConformance:
         assert room.device.type == "meta"
 
     def test_buffer_over_it(self, place: Place) -> None:
-        """Rows are appended, dropped at both ends, reordered and copied, as blocks of a layer are."""
+        """Rows are appended, dropped, reordered and copied, as blocks of a layer are."""
         buffer = Buffer(place, torch.device("cpu"), 1)
         rows = _normal(2, 3, 40, 4, seed=1)
         expected = rows[:, :, :0]
@@ -672,7 +672,7 @@ class Oracle:
             self.values_error = torch.cat((self.values_error, new[1]), 2)
 
     def follow(self, layer: Any) -> None:
-        """Widen the error of the blocks that the layer has encoded since the last call, by its bound."""
+        """Widen the error of the blocks encoded since the last call, by the codec's bound."""
         begin, end, data = encoded_columns(layer)
         if data is not None and end > self.encoded[1]:
             codec = layer.strategy.codec
@@ -689,7 +689,7 @@ class Oracle:
         return 0 if newest is None else max(0, seen - (newest - 1) - self.retention.first)
 
     def visible(self, first: int) -> tuple[list[tuple[Tensor, Tensor]], Tensor]:
-        """((values, error) of keys and values) for the columns from `first` on; which of them are pins."""
+        """Keys and values from column `first` on, each with its error; and which are pins."""
         columns = torch.arange(first, self.seen).expand(len(self.padding), -1).clone()
         pinned = torch.zeros_like(columns, dtype=torch.bool)
         if self.retention.first and first > 0:
@@ -718,7 +718,7 @@ class Oracle:
             self.exact.crop(-n)
             self.keys_error = self.keys_error[:, :, :keep]
             self.values_error = self.values_error[:, :, :keep]
-            # a block that is cut returns to the tail as it was stored: a later block adds its own error
+            # a cut block returns to the tail as it was stored: a later one adds its own error
             self.encoded = (min(self.encoded[0], keep), min(self.encoded[1], keep))
 
     def map(self, change: Callable[[Tensor], Tensor]) -> None:
@@ -729,7 +729,7 @@ class Oracle:
 
 
 def encoded_columns(layer: Any) -> tuple[int, int, Encoded | None]:
-    """The first column of a layer that lies in an encoded block, the first after them, and the blocks."""
+    """The first column that lies in an encoded block, the first after these, and the blocks."""
     if isinstance(layer, StaticCodedLayer) and layer.is_initialized:
         n = int(layer.block_count)
         blocks = {name: x[:, :, :n] for name, x in layer.blocks.items()}
@@ -943,8 +943,8 @@ class RetentionConformance:
     ) -> None:
         """Masks, shapes and counts agree at every step; the call's own tokens are all there, exact.
 
-        What is held consists of tokens that came, in the order they came; positional retention holds
-        exactly the first and the newest that it says.
+        What is held consists of tokens that came, in the order they came; positional retention
+        holds exactly the first and the newest that it says.
         """
         layer = _one_layer(strategy)
         came: list[int] = []
@@ -1013,7 +1013,7 @@ class RetentionConformance:
         assert max(sizes) <= (3 * budget + 64) * 2 * 2 * 8 * 4
 
     def test_left_padded_rows_are_as_alone(self, strategy: Strategy, budget: int) -> None:
-        """Rows of unlike length overflow at different times, and each says what it would say alone."""
+        """Rows of unlike length overflow at different times; each is as it would be alone."""
         if isinstance(strategy.retention, Scored):
             pytest.skip(f"{strategy.retention}: chooses in steps of the batch; see the next test")
         model = tiny_llama()
@@ -1069,7 +1069,7 @@ class RetentionConformance:
                 assert torch.equal(dense(a), dense(b))
 
     def test_batch_operations_and_reset(self, strategy: Strategy, budget: int) -> None:
-        """Rows are independent: reordering them before or after makes no difference; reset forgets."""
+        """Rows are independent: reordering them before or after is the same; reset forgets."""
         order = torch.tensor([2, 0, 0, 1])
         keys, values = (_normal(3, 2, 3 * budget, 8, seed=s) for s in (0, 1))
         late, early = _one_layer(strategy), _one_layer(strategy)
@@ -1242,7 +1242,7 @@ class StrategyConformance:
     def test_heads_and_dtypes(
         self, spec: str, lossless: bool, heads: int, kv_heads: int, dtype: torch.dtype
     ) -> None:
-        """Multi-head, grouped and multi-query attention in each float type; logits finite and right."""
+        """Multi-head, grouped and multi-query attention in each float type."""
         full = tiny_llama(num_attention_heads=heads, num_key_value_heads=kv_heads)
         model = copy.deepcopy(full).to(dtype)
         caches = [DynamicCache(config=model.config) for _ in range(2)]
@@ -1288,7 +1288,7 @@ class StrategyConformance:
             assert ours.held() <= length
 
     def test_masks_counts_and_shapes_agree(self, strategy: Strategy) -> None:
-        """`get_mask_sizes` announces what `update` returns, and `held` what the next query finds."""
+        """`get_mask_sizes` announces what `update` returns, `held` what a query finds."""
         layer, seen = _one_layer(strategy), 0
         for S in (5, 1, 1, 9, 1, 17, 2, *[1] * 12):
             length, offset = layer.get_mask_sizes(S)
@@ -1318,7 +1318,7 @@ class StrategyConformance:
                 now = {name: x[:, :, i].clone() for name, x in data.items()}
                 before = kept.setdefault(column, now)
                 assert all(same(now[name], x) for name, x in before.items()), f"block at {column}"
-        if isinstance(layer, Layer) and not layer.blocked or type(layer) is StaticLayer:
+        if (isinstance(layer, Layer) and not layer.blocked) or type(layer) is StaticLayer:
             assert layer.stats.blocks_encoded == len(kept) == 0
             pytest.skip(f"{strategy}: cuts no blocks")
         assert layer.stats.blocks_encoded >= len(
@@ -1332,7 +1332,7 @@ class StrategyConformance:
     def test_full_precision_stays_within_the_tail(
         self, strategy: Strategy, fresh: Callable, model: PreTrainedModel
     ) -> None:
-        """After a generation, at most `tail + block - 1` tokens of a coded cache are not encoded."""
+        """After a generation, at most `tail + block - 1` tokens are not encoded."""
         if strategy.codec.lossless:
             pytest.skip(f"{strategy.codec}: nothing is encoded with loss")
         cache = fresh()
@@ -1388,7 +1388,7 @@ class StrategyConformance:
     # ------------------------------------------------------------------------------ the whole API
 
     def test_reset_and_use_again(self, fresh: Callable, model: PreTrainedModel) -> None:
-        """After `reset` a cache is as new, shorter and longer sequences and other batches included."""
+        """After `reset` a cache is as new, for shorter and for longer sequences."""
         used = fresh()
         model.generate(prompt(40, 2), past_key_values=used, **GREEDY)
         for n in (9, 50):
@@ -1467,7 +1467,7 @@ class StrategyConformance:
     def test_batch_operations(
         self, strategy: Strategy, model: PreTrainedModel, fresh: Callable, operation: str
     ) -> None:
-        """Rows are independent: choosing them after the prefill equals a prefill of the chosen ones."""
+        """Rows are independent: choosing them after or before the prefill is the same."""
         ids, late = prompt(30, 3), fresh()
         change, rows = {
             "reorder": (lambda c: c.reorder_cache(torch.tensor([2, 0, 0])), [2, 0, 0]),
@@ -1489,7 +1489,7 @@ class StrategyConformance:
     def test_crop_and_go_on(
         self, strategy: Strategy, model: PreTrainedModel, fresh: Callable, lossless: bool
     ) -> None:
-        """While the past is recorded a rollback leaves no trace, if the cache says it is croppable."""
+        """While the past is recorded a rollback leaves no trace, if `is_croppable`."""
         ids = prompt(30)
         plain, cropped = fresh(), fresh()
         with torch.no_grad():
@@ -1520,7 +1520,7 @@ class StrategyConformance:
             and not isinstance(strategy.retention, Scored)
         ):
             assert torch.equal(keys[0][:, :, :30], keys[1][:, :, :30])
-        with pytest.raises(ValueError, match="positive|minus"):
+        with pytest.raises(ValueError, match=r"positive|minus"):
             cropped.crop(5)
 
     @given(
@@ -1638,7 +1638,7 @@ def random_stored(
     dtype: torch.dtype = torch.float32,
     seed: int = 0,
 ) -> Stored:
-    """A layer's content: F pinned tokens, N blocks of which `skip` tokens are hidden, R in the tail."""
+    """A layer's content: F pinned tokens, N blocks less `skip` tokens, R in the tail."""
     keys, values = _blocks(codec, B=B, H=H, N=N, Dk=Dk, Dv=Dv, dtype=dtype, seed=seed)
 
     def pair(n: int, salt: int) -> tuple[Tensor, Tensor]:
@@ -1666,6 +1666,8 @@ def expected_attention(
         scores = (
             scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
         )
+    if stored.empty:  # nothing attends to room that is only reserved, whatever the mask says
+        scores[..., -stored.empty :] = -torch.inf
     weights = scores.softmax(-1).nan_to_num(0.0)  # a row of -inf alone: NaN
     return weights @ values, scores.logsumexp(-1)
 
@@ -1685,7 +1687,7 @@ def _dense_of(stored: Stored) -> tuple[Tensor, Tensor]:
 
 
 class KernelConformance:
-    """The contract of `kvplug.Kernel`. Override the fixture `kernel`; `codecs` are those it must read."""
+    """The contract of `kvplug.Kernel`. Override the fixture `kernel`, and `codecs` it must read."""
 
     @pytest.fixture
     def kernel(self) -> Kernel:
@@ -1732,7 +1734,7 @@ class KernelConformance:
     @given(data=st.data())
     @settings(DRAWN, max_examples=120)
     def test_against_dense_attention(self, kernel: Kernel, codecs: list[Codec], data: Any) -> None:
-        """Masks, query lengths, head groups, head dims, pinned tokens, hidden tokens, empty room."""
+        """Masks, query lengths, head groups and dims; pinned and hidden tokens, empty room."""
         draw = data.draw
         codec = draw(st.sampled_from(codecs))
         N, R = draw(st.integers(0, 3)), draw(st.integers(0, 9))
@@ -1766,8 +1768,6 @@ class KernelConformance:
         if kind not in ("none", "causal"):
             shape = {"row": (1, 1, S, T), "heads": (B, H * G, S, T)}.get(kind, (B, 1, S, T))
             mask = torch.rand(shape, generator=_seeded(seed)) < 0.6
-            if empty:
-                mask[..., T - empty :] = False
             if kind in ("additive", "heads"):
                 lowest = torch.tensor(
                     draw(st.sampled_from([-math.inf, -math.inf, -3.0])), dtype=dtype

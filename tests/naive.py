@@ -6,7 +6,7 @@ import torch
 
 
 def attention(query, keys, values, visible, scale):
-    """Query [B, Q, S, Dk], keys [B, H, T, Dk], values [B, H, T, Dv], visible(b, h, s, t) -> added score.
+    """Query [B, Q, S, Dk], keys [B, H, T, Dk], values [B, H, T, Dv]; visible(b, h, s, t) is added.
 
     Returns output [B, Q, S, Dv] and log-sum-exp [B, Q, S], in float64, one number at a time.
     """

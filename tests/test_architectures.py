@@ -119,7 +119,27 @@ def make(name):
     config = getattr(transformers, f"{kind}Config")(**settings)
     if attention:
         config._attn_implementation = attention
-    return random_model(config)
+    model = random_model(config)
+    if kind == "Qwen2":  # as trained ones have it: a constant that dwarfs the rest of its channel
+        for layer in model.model.layers:
+            layer.self_attn.k_proj.bias.data[5] = 100.0
+    return model
+
+
+def skips_static(model, spec):
+    """Where a compilable static layout has nothing to serve, or the model takes none."""
+    if not spec.startswith("static"):
+        return False
+    theirs = transformers.StaticCache(config=model.config, max_cache_len=64)
+    if all(getattr(layer, "is_sliding", False) for layer in theirs.layers):
+        with pytest.raises(kvplug.SpecError, match=r"could serve.*StaticSlidingWindowLayer"):
+            kvplug.build(spec, model.config, max_cache_len=64)
+        return True
+    try:
+        model(prompt(3), past_key_values=theirs)
+    except RuntimeError:  # alibi of Falcon: transformers' own static cache fails alike
+        return True
+    return False
 
 
 def run(model, inputs, spec=None, **kwargs):
@@ -140,6 +160,8 @@ def test_lossless_strategies_give_the_tokens_of_dynamic_cache(model, batch):
         inputs = left_padded([prompt(n, seed=n)[0] for n in (19, 6)])
     plain = run(model, inputs)
     for spec in LOSSLESS:
+        if skips_static(model, spec):
+            continue
         assert torch.equal(run(model, inputs, spec), plain), spec
 
 
@@ -152,23 +174,27 @@ def test_lossy_strategies_are_near(model):
             model(x, past_key_values=exact).logits for x in (ids, *prompt(9, seed=1).split(1, 1))
         ]
         for spec in LOSSY:
+            if skips_static(model, spec):
+                continue
             cache = kvplug.build(spec, model.config, max_cache_len=64)
             for i, x in enumerate((ids, *prompt(9, seed=1).split(1, 1))):
                 logits = model(x, past_key_values=cache).logits
                 assert logits.isfinite().all()
                 error = float((logits - steps[i]).abs().mean() / steps[i].abs().mean())
-                assert error < (1e-4 if i == 0 else 0.2 if "int4" in spec else 0.05), (spec, i)
+                assert error < (1e-4 if i == 0 else 0.6 if "int4" in spec else 0.05), (spec, i)
 
 
 def test_layers_are_as_promised(model):
     theirs = transformers.DynamicCache(config=model.config).layers
     for spec in ("growing", "int8(block=8)", "sinks(sinks=2, window=20)+int8(block=8)"):
-        try:
-            ours = kvplug.build(spec, model.config).layers
-        except kvplug.SpecError as e:
-            assert "sinks" in spec
-            assert "cannot re-rotate" in str(e) or "cannot tell how" in str(e)
+        latent = getattr(model.config, "qk_rope_head_dim", None)
+        if "sinks" in spec and (latent or model.config.model_type == "gpt_oss"):
+            with pytest.raises(
+                kvplug.SpecError, match=r"cannot re-rotate the keys|cannot tell how"
+            ):
+                kvplug.build(spec, model.config)
             continue
+        ours = kvplug.build(spec, model.config).layers
         for a, b in zip(ours, theirs, strict=True):
             if type(b) is DynamicLayer:
                 assert type(a) is Layer
@@ -182,6 +208,8 @@ def test_layers_are_as_promised(model):
             else:
                 assert type(a) is type(b)
     for spec, kind in (("static", OurStaticLayer), ("static+int8", StaticCodedLayer)):
+        if skips_static(model, spec):
+            continue
         ours = kvplug.build(spec, model.config, max_cache_len=32).layers
         for a, b in zip(ours, theirs, strict=True):
             assert (type(a) is kind) == (type(b) is DynamicLayer)
@@ -204,14 +232,19 @@ def test_native_windows_stay_right_over_all_ways_to_generate(name, spec):
 @pytest.mark.parametrize(
     "config",
     [
-        lambda: transformers.MambaConfig(num_hidden_layers=2),
-        lambda: transformers.Mamba2Config(
-            num_hidden_layers=2, hidden_size=64, num_heads=8, head_dim=16
+        pytest.param(lambda: transformers.MambaConfig(num_hidden_layers=2), id="mamba"),
+        pytest.param(
+            lambda: transformers.Mamba2Config(
+                num_hidden_layers=2, hidden_size=64, num_heads=8, head_dim=16
+            ),
+            id="mamba2",
         ),
     ],
 )
 def test_models_without_attention_are_refused_by_name(config):
-    with pytest.raises(kvplug.SpecError, match=r"no attention layer it could serve, only Linear"):
+    with pytest.raises(
+        kvplug.SpecError, match=r"no attention layer it could serve.*LinearAttentionLayer"
+    ):
         kvplug.build("int4", config())
 
 

@@ -63,7 +63,7 @@ def test_against_a_list(steps, unit, reserve):
 
 
 def test_a_row_is_copied_a_constant_number_of_times():
-    """One by one: bytes moved by growth stay within ten times the rows; memory within a quarter more."""
+    """One by one: growth moves each row about nine times, and reserves an eighth more."""
 
     class Counting(OnDevice):
         made = 0

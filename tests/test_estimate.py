@@ -33,7 +33,7 @@ CONFIGS = {
     "gpt2": lambda: transformers.GPT2Config(
         vocab_size=97, n_embd=64, n_layer=2, n_head=4, n_positions=256
     ),
-    "falcon": lambda: transformers.FalconConfig(**SMALL, multi_query=True, new_decoder_architecture=False),
+    "falcon": lambda: transformers.FalconConfig(**SMALL, multi_query=True),
     "falcon grouped": lambda: transformers.FalconConfig(
         **SMALL, new_decoder_architecture=True, num_kv_heads=2
     ),
@@ -66,11 +66,15 @@ def test_within_a_percent_of_a_real_cache(name, spec):
 def test_dtype_and_proportions():
     config = tiny_llama().config
     full = kvplug.estimate("growing", config, context=100, dtype=torch.float32)
-    assert full == 2 * 2 * 2 * 16 * 100 * 4
-    assert kvplug.estimate("growing", config, context=100, dtype=torch.bfloat16) * 2 == full
-    assert kvplug.estimate("growing", config, context=100, batch=5) == 5 * full
+    assert full == pytest.approx(2 * 2 * 2 * 16 * 100 * 4, rel=0.01)
+    assert kvplug.estimate(
+        "growing", config, context=100, dtype=torch.bfloat16
+    ) * 2 == pytest.approx(full, rel=0.01)
+    assert kvplug.estimate("growing", config, context=100, batch=5) == pytest.approx(
+        5 * full, rel=0.01
+    )
     config.dtype = torch.float16
-    assert kvplug.estimate("growing", config, context=100) * 2 == full
+    assert kvplug.estimate("growing", config, context=100) * 2 == pytest.approx(full, rel=0.01)
 
 
 def test_nothing_is_allocated():

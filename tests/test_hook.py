@@ -71,8 +71,9 @@ def test_errors_come_before_the_model_runs(model, ids, kwargs, text, monkeypatch
     with pytest.raises(kvplug.SpecError) as e:
         model.generate(ids, **kwargs)
     assert text in str(e.value)
-    with pytest.raises(ValueError, match="cache"):
+    with pytest.raises(ValueError) as e:
         GenerationConfig(**kwargs).validate()
+    assert text in str(e.value)
 
 
 def test_build_arguments_reach_the_cache(model, ids):
@@ -141,7 +142,7 @@ def test_without_cache(model, ids):
 
 def test_name_and_object_together_is_an_error_as_in_transformers(model, ids):
     for cache in (DynamicCache(), kvplug.build("int8", model.config)):
-        with pytest.raises(ValueError, match="Passing both `cache_implementation`.*unsupported"):
+        with pytest.raises(ValueError, match=r"Passing both `cache_implementation`.*unsupported"):
             model.generate(ids, cache_implementation="int4", past_key_values=cache, **GREEDY)
 
 

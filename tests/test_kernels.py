@@ -1,4 +1,4 @@
-"""Every kernel that runs here computes what `reference` specifies; `reference`, what three loops do."""
+"""Every kernel that runs here computes what three loops do."""
 
 import math
 
@@ -38,7 +38,7 @@ def test_against_three_loops(name, kind, N):
     codec = kvplug.parse("int8(block=8)").codec
     stored = random_stored(codec, B=B, H=H, N=N, R=3, F=2, Dk=Dk, Dv=Dv, skip=3, seed=N)
     T = stored.length
-    assert T == 2 + 3 + N * 8 - (3 if N else 0)
+    assert 2 + 3 + N * 8 - (3 if N else 0) == T
     query = _normal(B, H * G, S, Dk, seed=1)
     bools = torch.rand(B, 1, S, T, generator=torch.Generator().manual_seed(N)) < 0.5
     added = torch.where(bools, 0.5, -math.inf)

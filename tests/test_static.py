@@ -1,9 +1,10 @@
-"""`static`: one graph for a decode step at every length, eager and compiled alike, never past the end."""
+"""`static`: one graph for decode steps of every length, never past the end."""
 
 import copy
 
 import pytest
 import torch
+import torch._dynamo.testing
 from transformers import DynamicCache
 
 import kvplug
@@ -15,30 +16,30 @@ SPECS = ["static", "static+int8(block=8)", "static+int4(block=8, tail=8)"]
 @pytest.fixture(autouse=True)
 def dynamo():
     torch._dynamo.reset()
-    yield
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        yield
     torch._dynamo.reset()
 
 
-def compiled_decode(model, backend, monkeypatch):
+def compiled_decode(model, backend):
     """A decode step as one graph that may be compiled only once."""
 
     def step(token, cache):
         return model(token, past_key_values=cache).logits
 
     count = torch._dynamo.testing.CompileCounterWithBackend(backend)
-    monkeypatch.setattr(torch._dynamo.config, "error_on_recompile", True)
     return torch.compile(step, backend=count, fullgraph=True), count
 
 
 @pytest.mark.parametrize("spec", SPECS)
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-def test_compiled_once_for_all_lengths(spec, backend, monkeypatch):
+def test_compiled_once_for_all_lengths(spec, backend):
     """Forty steps over block borders: one graph, no recompilation, what eager steps give."""
     model, ids = tiny_llama(), prompt(13)
     steps = prompt(40, seed=1)
     cache, eager = (kvplug.build(spec, model.config, max_cache_len=64) for _ in range(2))
     assert cache.is_compileable
-    decode, count = compiled_decode(model, backend, monkeypatch)
+    decode, count = compiled_decode(model, backend)
     with torch.no_grad():
         model(ids, past_key_values=cache)
         model(ids, past_key_values=eager)
@@ -52,27 +53,28 @@ def test_compiled_once_for_all_lengths(spec, backend, monkeypatch):
     assert sum(cache.stats()["materialised"].values()) == 0
 
 
-def test_inductor(monkeypatch):
-    """The compiler that users run, once."""
+def test_inductor():
+    """The compiler that users run, once. Fused arithmetic may tip a code of int8 over."""
     model, ids = tiny_llama(num_hidden_layers=1), prompt(13)
     cache, eager = (
         kvplug.build("static+int8(block=8)", model.config, max_cache_len=40) for _ in range(2)
     )
-    decode, count = compiled_decode(model, "inductor", monkeypatch)
+    decode, count = compiled_decode(model, "inductor")
     with torch.no_grad():
         model(ids, past_key_values=cache)
         model(ids, past_key_values=eager)
         for i in range(20):
             token = prompt(1, seed=i)
-            assert_close(decode(token, cache), model(token, past_key_values=eager).logits)
+            a, b = decode(token, cache), model(token, past_key_values=eager).logits
+            assert (a - b).abs().max() < 0.01 * b.abs().max()
     assert count.frame_count == 1
 
 
 @pytest.mark.parametrize("spec", SPECS)
-def test_reset_needs_no_new_graph(spec, monkeypatch):
+def test_reset_needs_no_new_graph(spec):
     model = tiny_llama()
     cache = kvplug.build(spec, model.config, max_cache_len=48)
-    decode, count = compiled_decode(model, "eager", monkeypatch)
+    decode, count = compiled_decode(model, "eager")
     results = []
     with torch.no_grad():
         for _ in range(2):
@@ -108,10 +110,10 @@ def test_overflow_is_an_error_and_changes_nothing(spec):
 
 @pytest.mark.parametrize("spec", SPECS)
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-def test_overflow_of_a_compiled_step(spec, backend, monkeypatch):
+def test_overflow_of_a_compiled_step(spec, backend):
     model = tiny_llama()
     cache = kvplug.build(spec, model.config, max_cache_len=20)
-    decode, _ = compiled_decode(model, backend, monkeypatch)
+    decode, _ = compiled_decode(model, backend)
     with torch.no_grad():
         model(prompt(18), past_key_values=cache)
         for i in range(2):
@@ -125,11 +127,11 @@ def test_overflow_of_a_compiled_step(spec, backend, monkeypatch):
         assert torch.equal(layer.values, values)
 
 
-def test_compiled_equals_dynamic(monkeypatch):
+def test_compiled_equals_dynamic():
     model, ids = tiny_llama(), prompt(30)
     plain = model.generate(ids, max_new_tokens=20, do_sample=False)
     cache, dynamic = kvplug.build("static", model.config, max_cache_len=64), DynamicCache()
-    decode, _ = compiled_decode(model, "eager", monkeypatch)
+    decode, _ = compiled_decode(model, "eager")
     with torch.no_grad():
         logits = model(ids, past_key_values=cache).logits[:, -1:]
         assert_close(logits, model(ids, past_key_values=dynamic).logits[:, -1:])

@@ -3,7 +3,6 @@
 import pytest
 
 import kvplug
-
 from kvplug.testing import StrategyConformance, _Machine
 
 SPECS = [
@@ -37,8 +36,23 @@ class TestStrategy(StrategyConformance):
 
 @pytest.mark.parametrize("spec", ["sinks(sinks=3, window=20)+int4(block=8, tail=8)"])
 def test_views_outlive_the_blocks_that_come_after_them(spec):
-    """New blocks are appended before attention reads what `update` returned: nothing may move there.
+    """Blocks are appended before attention reads what `update` returned: nothing may move.
 
     With blocks dropped in front, the room for new ones was made by moving the others.
     """
     _Machine(kvplug.parse(spec), [0]).run([("update", n) for n in (6, 1, 13, 13, 1)])
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        "window(length=600)",
+        "window(length=600)+int8(block=8)",
+        "sinks(sinks=4, window=500)",
+        "sinks(sinks=4, window=500)+int4(block=8, tail=8)",
+        "window(length=600)+exact(block=8)+host",
+    ],
+)
+def test_a_wide_window_makes_no_dense_copy(spec):
+    """Rows leave one by one, and pins are laid and lifted: nothing rolls."""
+    StrategyConformance().test_no_dense_copy(kvplug.parse(spec))

@@ -213,6 +213,14 @@ def test_walk_counts_shared_storage_once_and_finds_what_is_hidden():
     assert walked_bytes(cache) == honest + 256
 
 
+reopen_last_block = Layer._reopen_last_block
+
+
+def _reopen_wrongly(layer):
+    reopen_last_block(layer)
+    layer.tail.read(0, 8)["k"].zero_()
+
+
 @pytest.mark.parametrize(
     ("spec", "method", "wrong"),
     [
@@ -224,7 +232,7 @@ def test_walk_counts_shared_storage_once_and_finds_what_is_hidden():
             lambda self, rows: self.tail.map(lambda x: x[rows]),
         ),
         ("window(length=9)", "get_mask_sizes", lambda self, n: (self.seen + n, 0)),
-        ("int4(block=8)", "_reopen_last_block", lambda self: self.blocks.drop_last(1)),
+        ("int4(block=8, tail=0)", "_reopen_last_block", lambda self: _reopen_wrongly(self)),
         ("sinks(sinks=2, window=6)", "_lift_pins", lambda self: None),
     ],
 )
@@ -236,7 +244,8 @@ def test_a_broken_layer_is_found_out(monkeypatch, spec, method, wrong):
         ("select", 3),
     ]
     steps += [("update", 5), ("crop", 2), ("update", 1), ("record", 0), ("update", 9), ("crop", 5)]
-    steps += [("update", 1), ("update", 1)]
+    steps += [("update", 1), ("update", 1), ("update", 1), ("update", 1), ("crop", 4), ("crop", 5)]
+    steps += [("update", 1)]
     _Machine(kvplug.parse(spec), [0, 2, 1]).run(steps)
     monkeypatch.setattr(Layer, method, wrong)
     with pytest.raises((AssertionError, RuntimeError, IndexError, kvplug.KvplugError)):

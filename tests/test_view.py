@@ -1,4 +1,4 @@
-"""Views are tensors in all but data: followed where attention code only reshapes, dense elsewhere."""
+"""Views are tensors in all but data: followed where code only reshapes, dense elsewhere."""
 
 import logging
 

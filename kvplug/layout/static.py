@@ -16,10 +16,11 @@ if TYPE_CHECKING:
 class Static(Layout):
     """Reserve `max_cache_len` tokens once; one compiled graph serves every length.
 
-    `torch.compile(model, fullgraph=True)` decodes without recompiling. `generate` fills in `max_cache_len`; `kvplug.build` takes it as an argument. More tokens raise
-    CacheOverflow. Compiled decoding needs full+device, exact or coded; with `window`, `sinks`,
-    `host` or `disk` room is reserved all the same but lengths are Python integers, so the cache
-    says `is_compileable = False`.
+    `torch.compile(model, fullgraph=True)` decodes without recompiling. `generate` fills in
+    `max_cache_len`, `kvplug.build` takes it as an argument; more tokens raise CacheOverflow.
+    Compiled decoding needs full+device, exact or coded. With `window`, `sinks`, `host` or `disk`
+    room is reserved all the same, but lengths are Python integers and the cache says
+    `is_compileable = False`.
     """
 
     name: ClassVar[str] = "static"
@@ -30,5 +31,4 @@ class Static(Layout):
         return self.max_cache_len
 
     def is_compileable(self, strategy: Strategy) -> bool:
-        """Whether a decode step under this layout is one graph for all lengths."""
         return strategy.retention.newest is None and strategy.placement.name == "device"

@@ -5,6 +5,7 @@
 
 import os
 
+import kvplug
 import pytest
 import torch
 
@@ -49,6 +50,7 @@ def exact(real, prompts):
 def test_greedy_tokens_equal_dynamic_in_a_padded_batch_and_alone(real, prompts, exact, spec):
     batch, alone = exact
     sequences, cache = generate(real, prompts, cache_implementation=spec)
+    assert isinstance(cache, kvplug.Cache)
     assert torch.equal(sequences, batch)
     assert cache.stats()["materialised"] == {}
     for row in range(3):
