@@ -9,7 +9,7 @@ import kvplug
 from kvplug.layer import Layer
 from kvplug.static import StaticCodedLayer
 from kvplug.static import StaticLayer as OurStaticLayer
-from kvplug.testing import left_padded, prompt, random_model
+from kvplug.testing.tools import left_padded, prompt, random_model
 
 BASE = {
     "vocab_size": 97, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2,

@@ -9,7 +9,8 @@ import transformers
 
 import kvplug
 from kvplug.cli import main
-from kvplug.testing import prompt, random_model, tiny_llama
+from kvplug.testing import tiny_llama
+from kvplug.testing.tools import prompt, random_model
 
 SPECS = [
     "growing",

@@ -13,7 +13,8 @@ from transformers import DynamicCache, GenerationConfig, StaticCache
 from transformers.generation.utils import GenerationMixin
 
 import kvplug
-from kvplug.testing import prompt, random_model, tiny_llama
+from kvplug.testing import tiny_llama
+from kvplug.testing.tools import prompt, random_model
 
 GREEDY = {"do_sample": False, "max_new_tokens": 12}
 

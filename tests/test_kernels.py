@@ -9,7 +9,9 @@ import torch
 import kvplug
 from kvplug.kernels.base import Kernel
 from kvplug.registry import REGISTRIES
-from kvplug.testing import KernelConformance, _dense_of, _normal, random_stored
+from kvplug.testing import KernelConformance
+from kvplug.testing.kernel import dense_of, random_stored
+from kvplug.testing.tools import normal
 
 
 def kernels():
@@ -39,7 +41,7 @@ def test_against_three_loops(name, kind, N):
     stored = random_stored(codec, B=B, H=H, N=N, R=3, F=2, Dk=Dk, Dv=Dv, skip=3, seed=N)
     T = stored.length
     assert 2 + 3 + N * 8 - (3 if N else 0) == T
-    query = _normal(B, H * G, S, Dk, seed=1)
+    query = normal(B, H * G, S, Dk, seed=1)
     bools = torch.rand(B, 1, S, T, generator=torch.Generator().manual_seed(N)) < 0.5
     added = torch.where(bools, 0.5, -math.inf)
     mask = {"bool": bools, "additive": added}.get(kind)
@@ -51,7 +53,7 @@ def test_against_three_loops(name, kind, N):
             return 0.0 if bools[b, 0, s, t] else -math.inf
         return float(added[b, 0, s, t]) if kind == "additive" else 0.0
 
-    keys, values = _dense_of(stored)
+    keys, values = dense_of(stored)
     expected, lse = naive.attention(query, keys, values, visible, Dk**-0.5)
     out, out_lse = KERNELS[name].attend(query, stored, mask, None, kind == "causal")
     torch.testing.assert_close(out.double(), expected, atol=1e-5, rtol=1e-5)
@@ -71,7 +73,7 @@ def test_the_suite_sees_a_wrong_kernel():
         KernelConformance().test_query_that_sees_nothing(Wrong())
     stored = random_stored(kvplug.parse("int8(block=8)").codec)
     with pytest.raises(AssertionError):
-        KernelConformance().check(Wrong(), _normal(1, 4, 2, 16, seed=1), stored, is_causal=True)
+        KernelConformance().check(Wrong(), normal(1, 4, 2, 16, seed=1), stored, is_causal=True)
 
 
 def test_auto_resolves_to_a_kernel_that_runs():

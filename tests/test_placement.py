@@ -10,7 +10,8 @@ import pytest
 import torch
 
 import kvplug
-from kvplug.testing import PlacementConformance, prompt, tiny_llama
+from kvplug.testing import PlacementConformance, tiny_llama
+from kvplug.testing.tools import prompt
 
 
 class TestPlacement(PlacementConformance):

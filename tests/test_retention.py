@@ -8,7 +8,9 @@ import torch
 
 import kvplug
 from kvplug.registry import REGISTRIES
-from kvplug.testing import RetentionConformance, _normal, _one_layer, prompt, tiny_llama
+from kvplug.testing import RetentionConformance, tiny_llama
+from kvplug.testing.oracle import one_layer
+from kvplug.testing.tools import normal, prompt
 
 
 @pytest.mark.parametrize("rope", [True])
@@ -54,7 +56,7 @@ class TestScored(RetentionConformance):
 
 @pytest.mark.usefixtures("registered")
 def test_scored_keeps_the_highest_per_head():
-    layer = _one_layer(kvplug.parse("longkeys(budget=3, every=2)"))
+    layer = one_layer(kvplug.parse("longkeys(budget=3, every=2)"))
     length = torch.tensor([[5.0, 1, 4, 2, 3], [1, 2, 3, 4, 5]])  # [H, T]
     keys = length[None, :, :, None].expand(1, 2, 5, 4).contiguous()
     values = torch.arange(5.0)[None, None, :, None].expand(1, 2, 5, 4).contiguous()
@@ -64,7 +66,7 @@ def test_scored_keeps_the_highest_per_head():
 
 @pytest.mark.usefixtures("registered")
 def test_scored_drops_padding_first():
-    layer = _one_layer(kvplug.parse("longkeys(budget=4, every=4)"), torch.tensor([0, 5]))
+    layer = one_layer(kvplug.parse("longkeys(budget=4, every=4)"), torch.tensor([0, 5]))
     keys = torch.arange(8.0, 0, -1)[None, None, :, None].expand(2, 1, 8, 4).contiguous()
     values = torch.arange(8.0)[None, None, :, None].expand(2, 1, 8, 4).contiguous()
     layer.update(keys, values)  # keys get shorter: without padding the first 4 stay
@@ -122,18 +124,18 @@ def test_sinks_stand_right_before_the_window(spec):
 
 
 def test_sinks_of_a_padded_row_are_its_own_first_tokens():
-    layer = _one_layer(kvplug.parse("sinks(sinks=2, window=4)"), torch.tensor([0, 3]))
+    layer = one_layer(kvplug.parse("sinks(sinks=2, window=4)"), torch.tensor([0, 3]))
     values = torch.arange(12.0)[None, None, :, None].expand(2, 1, 12, 2).contiguous()
     for i in range(12):
-        layer.update(_normal(2, 1, 1, 4, seed=i), values[:, :, i : i + 1])
+        layer.update(normal(2, 1, 1, 4, seed=i), values[:, :, i : i + 1])
         if i == 6:  # row 0 has overflowed, row 1 (3 padding, 4 real tokens) has not
             assert layer.values[:, 0, :, 0].tolist() == [[0, 1, 4, 5, 6], [2, 3, 4, 5, 6]]
     assert layer.values[:, 0, :, 0].tolist() == [[0, 1, 9, 10, 11], [3, 4, 9, 10, 11]]
 
 
 def test_evicted_says_what_to_do():
-    layer = _one_layer(kvplug.parse("window(length=4)"))
-    layer.update(_normal(1, 1, 20, 4, seed=0), _normal(1, 1, 20, 4, seed=1))
+    layer = one_layer(kvplug.parse("window(length=4)"))
+    layer.update(normal(1, 1, 20, 4, seed=0), normal(1, 1, 20, 4, seed=1))
     before = layer.keys
     with pytest.raises(
         kvplug.Evicted, match=r"cannot crop 9 of 20 tokens.*activate_past_recording"

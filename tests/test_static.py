@@ -8,7 +8,8 @@ import torch._dynamo.testing
 from transformers import DynamicCache
 
 import kvplug
-from kvplug.testing import assert_close, prompt, tiny_llama
+from kvplug.testing import tiny_llama
+from kvplug.testing.tools import assert_close, prompt
 
 SPECS = ["static", "static+int8(block=8)", "static+int4(block=8, tail=8)"]
 

@@ -3,7 +3,8 @@
 import pytest
 
 import kvplug
-from kvplug.testing import StrategyConformance, _Machine
+from kvplug.testing import StrategyConformance
+from kvplug.testing.oracle import Machine
 
 SPECS = [
     "growing",
@@ -40,7 +41,7 @@ def test_views_outlive_the_blocks_that_come_after_them(spec):
 
     With blocks dropped in front, the room for new ones was made by moving the others.
     """
-    _Machine(kvplug.parse(spec), [0]).run([("update", n) for n in (6, 1, 13, 13, 1)])
+    Machine(kvplug.parse(spec), [0]).run([("update", n) for n in (6, 1, 13, 13, 1)])
 
 
 @pytest.mark.parametrize(

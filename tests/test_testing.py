@@ -15,13 +15,12 @@ from kvplug.testing import (
     PlacementConformance,
     RetentionConformance,
     StrategyConformance,
-    _Machine,
-    _normal,
-    _one_layer,
     peak_bytes,
     tiny_llama,
     walked_bytes,
 )
+from kvplug.testing.oracle import Machine, one_layer
+from kvplug.testing.tools import normal
 
 
 @dataclass(frozen=True)
@@ -206,7 +205,7 @@ def test_walk_counts_shared_storage_once_and_finds_what_is_hidden():
     holder.inside = {"a": [x, x[10:], (x.view(10, 100),)]}
     assert walked_bytes(holder) == 4000
     cache = kvplug.build("int8(block=8)", tiny_llama().config)
-    cache.layers[0].update(_normal(1, 2, 50, 8, seed=0), _normal(1, 2, 50, 8, seed=1))
+    cache.layers[0].update(normal(1, 2, 50, 8, seed=0), normal(1, 2, 50, 8, seed=1))
     honest = walked_bytes(cache)
     assert honest == cache.nbytes()
     cache.layers[1].scratch = torch.zeros(64)  # a forgotten copy
@@ -246,15 +245,15 @@ def test_a_broken_layer_is_found_out(monkeypatch, spec, method, wrong):
     steps += [("update", 5), ("crop", 2), ("update", 1), ("record", 0), ("update", 9), ("crop", 5)]
     steps += [("update", 1), ("update", 1), ("update", 1), ("update", 1), ("crop", 4), ("crop", 5)]
     steps += [("update", 1)]
-    _Machine(kvplug.parse(spec), [0, 2, 1]).run(steps)
+    Machine(kvplug.parse(spec), [0, 2, 1]).run(steps)
     monkeypatch.setattr(Layer, method, wrong)
     with pytest.raises((AssertionError, RuntimeError, IndexError, kvplug.KvplugError)):
-        _Machine(kvplug.parse(spec), [0, 2, 1]).run(steps)
+        Machine(kvplug.parse(spec), [0, 2, 1]).run(steps)
 
 
 def test_deepcopy_that_shares_is_found_out():
-    layer = _one_layer(kvplug.parse("growing"))
-    layer.update(_normal(1, 2, 8, 8, seed=0), _normal(1, 2, 8, 8, seed=1))
+    layer = one_layer(kvplug.parse("growing"))
+    layer.update(normal(1, 2, 8, 8, seed=0), normal(1, 2, 8, 8, seed=1))
     twin = copy.copy(layer)
     twin.update(torch.ones(1, 2, 1, 8), torch.ones(1, 2, 1, 8))
     assert twin.tail is layer.tail  # what a shallow copy would do, and `test_deepcopy_...` look for

@@ -10,7 +10,8 @@ from transformers.integrations.sdpa_attention import repeat_kv
 import kvplug
 import kvplug.testing
 from kvplug.stats import Stats
-from kvplug.testing import _normal, assert_close, random_stored
+from kvplug.testing.kernel import random_stored
+from kvplug.testing.tools import assert_close, normal
 from kvplug.view import KeyView, ValueView, View, views
 
 B, H, D = 2, 2, 16
@@ -59,9 +60,9 @@ def test_keys_and_values_may_differ_in_width(stats):
     stored = random_stored(kvplug.parse("int4(block=8)").codec, Dk=24, Dv=16)
     key, value = views(stored, kvplug.parse("reference").kernel, stats)
     assert (key.shape[-1], value.shape[-1]) == (24, 16)
-    out = sdpa(_normal(1, 2, 1, 24, seed=0), key, value)
+    out = sdpa(normal(1, 2, 1, 24, seed=0), key, value)
     assert out.shape == (1, 2, 1, 16)
-    assert_close(out, sdpa(_normal(1, 2, 1, 24, seed=0), *stored.dense()))
+    assert_close(out, sdpa(normal(1, 2, 1, 24, seed=0), *stored.dense()))
     assert not stats.materialised
 
 
@@ -71,7 +72,7 @@ def test_attention_reads_what_is_stored(pair, dense, stats, how, S):
     """Heads are repeated in name only, however the model's code asks for it."""
     (key, value), (k, v) = pair, dense
     n = 1 if how == "plain" else 3
-    query = _normal(B, H * n, S, D, seed=1)
+    query = normal(B, H * n, S, D, seed=1)
     expected = sdpa(query, k.repeat_interleave(n, 1), v.repeat_interleave(n, 1))
     if how == "repeat_kv":
         key, value = repeat_kv(key, n), repeat_kv(value, n)
@@ -89,7 +90,7 @@ def test_attention_reads_what_is_stored(pair, dense, stats, how, S):
 
 
 def test_masks_and_scale_reach_the_kernel(pair, dense, stats):
-    query, T = _normal(B, H, 3, D, seed=1), dense[0].shape[2]
+    query, T = normal(B, H, 3, D, seed=1), dense[0].shape[2]
     mask = torch.rand(B, 1, 3, T, generator=torch.Generator().manual_seed(0)) < 0.5
     for kwargs in (
         {"attn_mask": mask},
@@ -146,9 +147,9 @@ def test_from_below_python(pair, dense, stats):
     """`__torch_dispatch__`: an operator that reaches a view without going through `torch`."""
     with torch._C.DisableTorchFunctionSubclass():
         out = torch.ops.aten.add.Tensor(pair[0], 1)
-        nested = sdpa(_normal(B, H, 1, D, seed=1), *pair)
+        nested = sdpa(normal(B, H, 1, D, seed=1), *pair)
     assert torch.equal(out, dense[0] + 1)
-    assert_close(nested, sdpa(_normal(B, H, 1, D, seed=1), *dense))
+    assert_close(nested, sdpa(normal(B, H, 1, D, seed=1), *dense))
     assert any("add" in reason for reason in stats.materialised)
 
 
@@ -156,7 +157,7 @@ def test_views_of_two_layers_do_not_mix(pair, dense, stats):
     """Keys of one layer with values of another: right, by the dense way."""
     other = random_stored(pair[0]._stored.codec, B=B, H=H, N=3, R=5, F=2, skip=3, seed=9)
     other_value = views(other, kvplug.parse("reference").kernel, stats)[1]
-    query = _normal(B, H, 1, D, seed=1)
+    query = normal(B, H, 1, D, seed=1)
     out = sdpa(query, pair[0], other_value)
     assert_close(out, sdpa(query, dense[0], other.dense()[1]))
     assert stats.materialised
@@ -165,7 +166,7 @@ def test_views_of_two_layers_do_not_mix(pair, dense, stats):
 
 @pytest.mark.parametrize("case", ["swapped", "query is a view", "key is a tensor"])
 def test_unusual_arguments(pair, dense, stats, case):
-    (key, value), (k, v), query = pair, dense, _normal(B, H, 1, D, seed=1)
+    (key, value), (k, v), query = pair, dense, normal(B, H, 1, D, seed=1)
     ours, theirs = {
         "swapped": ((query, value, key), (query, v, k)),
         "query is a view": ((key, key, value), (k, k, v)),
@@ -176,7 +177,7 @@ def test_unusual_arguments(pair, dense, stats, case):
 
 
 def test_dropout_is_not_the_kernels(pair, dense, stats):
-    query = _normal(B, H, 1, D, seed=1)
+    query = normal(B, H, 1, D, seed=1)
     torch.manual_seed(0)
     out = sdpa(query, *pair, dropout_p=0.5)
     torch.manual_seed(0)
@@ -196,7 +197,7 @@ def test_it_is_said_once_per_reason(pair, stats, caplog):
 def test_what_was_returned_earlier_stays_right():
     """A view belongs to its call: the next update of the layer does not shift it."""
     cache = kvplug.build("int8(block=8)", kvplug.testing.tiny_llama().config)
-    k = _normal(1, 2, 30, 16, seed=0)
+    k = normal(1, 2, 30, 16, seed=0)
     key, _ = cache.layers[0].update(k, k)
     key, _ = cache.layers[0].update(k[:, :, :1], k[:, :, :1])
     before = key.clone()

@@ -5,9 +5,10 @@
 
 import os
 
-import kvplug
 import pytest
 import torch
+
+import kvplug
 
 NEW = int(os.environ.get("KVPLUG_MODEL_TOKENS", "80"))
 LOSSLESS = ["growing", "kvplug:static", "host", "disk"]

@@ -1,0 +1,233 @@
+"""The contract of a kernel: attention as torch computes it on dense tensors."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ..spec import parse
+from ..stored import Stored
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ..codecs.base import Codec
+    from ..kernels.base import Kernel
+from .codec import random_blocks
+from .tools import DRAWN, DTYPES, assert_close, normal, same, seeded
+
+
+def random_stored(
+    codec: Codec,
+    *,
+    B: int = 1,
+    H: int = 2,
+    N: int = 3,
+    R: int = 5,
+    F: int = 0,
+    Dk: int = 16,
+    Dv: int = 16,
+    skip: int = 0,
+    empty: int = 0,
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+) -> Stored:
+    """A layer's content: F pinned tokens, N blocks less `skip` tokens, R in the tail."""
+    keys, values = random_blocks(codec, B=B, H=H, N=N, Dk=Dk, Dv=Dv, dtype=dtype, seed=seed)
+
+    def pair(n: int, salt: int) -> tuple[Tensor, Tensor]:
+        return (
+            normal(B, H, n, Dk, seed=seed + salt, dtype=dtype),
+            normal(B, H, n, Dv, seed=seed + salt + 1, dtype=dtype),
+        )
+
+    blocks = codec.encode(keys, values) if N else {}
+    return Stored(codec, pair(F, 11) if F else None, blocks, skip if N else 0, pair(R, 21), empty)
+
+
+def expected_attention(
+    query: Tensor, stored: Stored, mask: Tensor | None, scale: float | None, is_causal: bool
+) -> tuple[Tensor, Tensor]:
+    """Output [B, Q, S, Dv] and log-sum-exp [B, Q, S], in float64 over the dense tensors."""
+    keys, values = (x.double() for x in dense_of(stored))
+    G = query.shape[1] // keys.shape[1]
+    keys, values = (x.repeat_interleave(G, 1) for x in (keys, values))
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    scores = query.double() @ keys.transpose(-1, -2) * scale
+    if is_causal:
+        mask = torch.ones(scores.shape[-2:], dtype=torch.bool).tril()
+    if mask is not None:
+        scores = (
+            scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
+        )
+    if stored.empty:  # nothing attends to room that is only reserved, whatever the mask says
+        scores[..., -stored.empty :] = -torch.inf
+    weights = scores.softmax(-1).nan_to_num(0.0)  # a row of -inf alone: NaN
+    return weights @ values, scores.logsumexp(-1)
+
+
+def dense_of(stored: Stored) -> tuple[Tensor, Tensor]:
+    """Decoded keys and values in column order, in float64, without help of `Stored`."""
+    sides = []
+    decoded = stored.codec.decode(stored.blocks) if stored.blocks else None
+    for side in (0, 1):
+        tail = stored.tail[side].double()
+        parts = [stored.head[side].double()] if stored.head else []
+        if decoded is not None:
+            parts.append(decoded[side].double().flatten(2, 3)[:, :, stored.skip :])
+        empty = tail.new_zeros(*tail.shape[:2], stored.empty, tail.shape[-1])
+        sides.append(torch.cat([*parts, tail, empty], 2))
+    return sides[0], sides[1]
+
+
+class KernelConformance:
+    """The contract of `kvplug.Kernel`. Override the fixture `kernel`, and `codecs` it must read."""
+
+    @pytest.fixture
+    def kernel(self) -> Kernel:
+        """The kernel under test."""
+        raise NotImplementedError("override the fixture 'kernel'")
+
+    @pytest.fixture
+    def codecs(self) -> list[Codec]:
+        """Codecs with small blocks."""
+        return [
+            parse(spec).codec
+            for spec in (
+                "exact(block=4)",
+                "int8(block=8)",
+                "int4(block=8, group=8)",
+                "int2(block=16)",
+                "int8(block=8, k_bits=8, v_bits=4)",
+            )
+        ]
+
+    def check(
+        self,
+        kernel: Kernel,
+        query: Tensor,
+        stored: Stored,
+        mask: Tensor | None = None,
+        scale: float | None = None,
+        is_causal: bool = False,
+    ) -> tuple[Tensor, Tensor]:
+        """One call against float64 over dense tensors."""
+        before = {name: x.clone() for name, x in stored.blocks.items()}
+        out, lse = kernel.attend(query, stored, mask, scale, is_causal)
+        expected, expected_lse = expected_attention(query, stored, mask, scale, is_causal)
+        assert (out.dtype, out.shape) == (query.dtype, expected.shape)
+        assert (lse.dtype, lse.shape) == (torch.float32, expected_lse.shape)
+        assert_close(out, expected, query.dtype)
+        hidden = expected_lse == -torch.inf
+        assert torch.equal(lse == -torch.inf, hidden)
+        assert not out[hidden].any()
+        assert_close(lse[~hidden], expected_lse[~hidden]) if (~hidden).any() else None
+        assert all(same(stored.blocks[name], x) for name, x in before.items())
+        return out, lse
+
+    @given(data=st.data())
+    @settings(DRAWN, max_examples=120)
+    def test_against_dense_attention(self, kernel: Kernel, codecs: list[Codec], data: Any) -> None:
+        """Masks, query lengths, head groups and dims; pinned and hidden tokens, empty room."""
+        draw = data.draw
+        codec = draw(st.sampled_from(codecs))
+        N, R = draw(st.integers(0, 3)), draw(st.integers(0, 9))
+        F, empty = draw(st.integers(0, 3)), draw(st.sampled_from([0, 0, 5]))
+        skip = draw(st.integers(0, codec.block - 1)) if N else 0
+        if N * codec.block - skip + R + F + empty == 0:
+            R = 1
+        B, H, G = draw(st.integers(1, 2)), draw(st.integers(1, 3)), draw(st.integers(1, 4))
+        S = draw(st.sampled_from([1, 1, 2, 5]))
+        Dk, Dv = draw(st.sampled_from([(8, 8), (16, 24), (24, 16), (64, 64), (80, 80), (40, 8)]))
+        dtype = draw(st.sampled_from(DTYPES))
+        seed = draw(st.integers(0, 1000))
+        stored = random_stored(
+            codec,
+            B=B,
+            H=H,
+            N=N,
+            R=R,
+            F=F,
+            Dk=Dk,
+            Dv=Dv,
+            skip=skip,
+            empty=empty,
+            dtype=dtype,
+            seed=seed,
+        )
+        T = stored.length
+        query = normal(B, H * G, S, Dk, seed=seed + 5, dtype=dtype)
+        kind = draw(st.sampled_from(["none", "causal", "bool", "additive", "row", "heads"]))
+        mask = None
+        if kind not in ("none", "causal"):
+            shape = {"row": (1, 1, S, T), "heads": (B, H * G, S, T)}.get(kind, (B, 1, S, T))
+            mask = torch.rand(shape, generator=seeded(seed)) < 0.6
+            if kind in ("additive", "heads"):
+                lowest = torch.tensor(
+                    draw(st.sampled_from([-math.inf, -math.inf, -3.0])), dtype=dtype
+                )
+                mask = torch.where(mask, torch.zeros((), dtype=dtype), lowest)
+        scale = draw(st.sampled_from([None, None, 0.3]))
+        self.check(kernel, query, stored, mask, scale, kind == "causal")
+
+    @pytest.mark.parametrize("length", [1, 7, 8, 9, 16])
+    @pytest.mark.parametrize("tail", [0, 1])
+    def test_block_borders(self, kernel: Kernel, length: int, tail: int) -> None:
+        """Lengths around a block, with and without a tail."""
+        codec = parse("int8(block=8)").codec
+        N = -(-length // 8)
+        stored = random_stored(codec, N=N, R=tail, skip=N * 8 - length)
+        assert stored.length == length + tail
+        self.check(kernel, normal(1, 4, 1, 16, seed=1), stored)
+
+    def test_query_that_sees_nothing(self, kernel: Kernel) -> None:
+        """Zeros and -inf, never NaN; the other rows are not touched by it."""
+        stored = random_stored(parse("int8(block=8)").codec, F=2)
+        mask = torch.ones(1, 1, 3, stored.length, dtype=torch.bool)
+        mask[:, :, 1] = False
+        query = normal(1, 4, 3, 16, seed=1)
+        for m in (mask, torch.zeros(mask.shape).masked_fill(~mask, -torch.inf)):
+            out, lse = self.check(kernel, query, stored, m)
+            assert not out[:, :, 1].any()
+            assert (lse[:, :, 1] == -torch.inf).all()
+            assert out[:, :, ::2].any()
+
+    def test_nothing_stored(self, kernel: Kernel) -> None:
+        """No column at all: zeros and -inf."""
+        stored = random_stored(parse("int8(block=8)").codec, N=0, R=0)
+        out, lse = kernel.attend(normal(1, 4, 1, 16, seed=1), stored, None, None, False)
+        assert out.shape == (1, 4, 1, 16)
+        assert not out.any()
+        assert (lse == -torch.inf).all()
+
+    def test_large_scores(self, kernel: Kernel) -> None:
+        """Scores of several hundred neither overflow nor lose the winner."""
+        stored = random_stored(parse("int8(block=8)").codec, N=4, R=6)
+        self.check(kernel, 200 * normal(1, 4, 2, 16, seed=1), stored)
+
+    def test_outputs_are_their_own(self, kernel: Kernel) -> None:
+        """A later call does not overwrite what an earlier one returned."""
+        stored = random_stored(parse("int8(block=8)").codec)
+        first, first_lse = kernel.attend(normal(1, 4, 1, 16, seed=1), stored, None, None, False)
+        kept, kept_lse = first.clone(), first_lse.clone()
+        kernel.attend(normal(1, 4, 1, 16, seed=2), stored, None, None, False)
+        assert torch.equal(first, kept)
+        assert torch.equal(first_lse, kept_lse)
+
+    def test_partial_results_merge(self, kernel: Kernel) -> None:
+        """Log-sum-exp is right: two halves merged by it give the whole."""
+        codec = parse("exact(block=4)").codec
+        whole = random_stored(codec, N=4, R=6)
+        query = normal(1, 4, 1, 16, seed=1)
+        left = dataclasses.replace(whole, tail=tuple(x[:, :, :0] for x in whole.tail))
+        right = dataclasses.replace(whole, blocks={})
+        parts = [kernel.attend(query, half, None, None, False) for half in (left, right)]
+        weights = torch.stack([lse for _, lse in parts]).softmax(0)[..., None]
+        merged = sum(w * out for w, (out, _) in zip(weights, parts, strict=True))
+        assert_close(merged, kernel.attend(query, whole, None, None, False)[0])

@@ -1,0 +1,297 @@
+"""What a layer must hold: drawn operations against transformers' `DynamicLayer`."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+from hypothesis import strategies as st
+from transformers import LlamaConfig
+from transformers.cache_utils import DynamicLayer
+
+from ..cache import build
+from ..errors import CacheOverflow, Evicted
+from ..layer import Layer
+from ..retention.base import Retention, Scored
+from ..static import StaticCodedLayer
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from torch import Tensor
+
+    from ..codecs.base import Encoded
+    from ..spec import Strategy
+from .tools import dense, normal, same, seeded
+
+
+class Oracle:
+    """One layer's cache as its contract describes it, written with `DynamicLayer` and indices only.
+
+    It keeps every token ever seen, exact, and says which columns a query may see. `error` holds how
+    far each stored token may be from exact; `follow` widens it as the layer encodes blocks.
+    """
+
+    def __init__(self, retention: Retention, padding: Tensor) -> None:
+        self.retention, self.padding = retention, padding
+        self.exact = DynamicLayer()
+        self.keys_error: Tensor | None = None  # [B, H, T, Dk]
+        self.values_error: Tensor | None = None
+        self.encoded = (0, 0)  # columns that are encoded now
+
+    @property
+    def seen(self) -> int:
+        return self.exact.get_seq_length()
+
+    def update(self, keys: Tensor, values: Tensor) -> None:
+        self.exact.update(keys, values)
+        new = [torch.zeros_like(x) for x in (keys, values)]
+        if self.keys_error is None:
+            self.keys_error, self.values_error = new
+        else:
+            self.keys_error = torch.cat((self.keys_error, new[0]), 2)
+            self.values_error = torch.cat((self.values_error, new[1]), 2)
+
+    def follow(self, layer: Any) -> None:
+        """Widen the error of the blocks encoded since the last call, by the codec's bound."""
+        begin, end, data = encoded_columns(layer)
+        if data is not None and end > self.encoded[1]:
+            codec = layer.strategy.codec
+            n = (end - max(begin, self.encoded[1])) // codec.block
+            bounds = codec.max_error({name: x[:, :, -n:] for name, x in data.items()})
+            for error, bound in zip((self.keys_error, self.values_error), bounds, strict=True):
+                shape = (*error.shape[:2], n, codec.block, error.shape[-1])
+                error[:, :, end - n * codec.block : end] += bound.expand(shape).flatten(2, 3)
+        self.encoded = (begin, end)
+
+    def first_visible(self, seen: int | None = None) -> int:
+        """The oldest column that the next query may see."""
+        seen, newest = self.seen if seen is None else seen, self.retention.newest
+        return 0 if newest is None else max(0, seen - (newest - 1) - self.retention.first)
+
+    def visible(self, first: int) -> tuple[list[tuple[Tensor, Tensor]], Tensor]:
+        """Keys and values from column `first` on, each with its error; and which are pins."""
+        columns = torch.arange(first, self.seen).expand(len(self.padding), -1).clone()
+        pinned = torch.zeros_like(columns, dtype=torch.bool)
+        if self.retention.first and first > 0:
+            for row, padding in enumerate(self.padding.tolist()):
+                if first > padding:
+                    n = self.retention.first
+                    columns[row, :n] = torch.arange(padding, padding + n)
+                    pinned[row, :n] = True
+
+        def take(x: Tensor) -> Tensor:
+            return x.gather(2, columns[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[-1]))
+
+        sides = [
+            (take(x), take(error).masked_fill(pinned[:, None, :, None], 0.0))
+            for x, error in (
+                (self.exact.keys, self.keys_error),
+                (self.exact.values, self.values_error),
+            )
+        ]
+        return sides, pinned
+
+    def crop(self, n: int) -> None:
+        if n and self.seen:
+            n = min(n, self.seen)
+            keep = self.seen - n
+            self.exact.crop(-n)
+            self.keys_error = self.keys_error[:, :, :keep]
+            self.values_error = self.values_error[:, :, :keep]
+            # a cut block returns to the tail as it was stored: a later one adds its own error
+            self.encoded = (min(self.encoded[0], keep), min(self.encoded[1], keep))
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> None:
+        if self.seen:
+            self.exact.keys, self.exact.values = change(self.exact.keys), change(self.exact.values)
+            self.keys_error, self.values_error = change(self.keys_error), change(self.values_error)
+            self.padding = change(self.padding)
+
+
+def encoded_columns(layer: Any) -> tuple[int, int, Encoded | None]:
+    """The first column that lies in an encoded block, the first after these, and the blocks."""
+    if isinstance(layer, StaticCodedLayer) and layer.is_initialized:
+        n = int(layer.block_count)
+        blocks = {name: x[:, :, :n] for name, x in layer.blocks.items()}
+        return 0, n * layer.strategy.codec.block, blocks if n else None
+    if isinstance(layer, Layer) and layer.is_initialized:
+        data = layer.blocks.read() if len(layer.blocks) else None
+        return layer._first_stored(), layer._tail_start(), data
+    return 0, 0, None
+
+
+def one_layer(strategy: Strategy, padding: Tensor | None = None, limit: int = 256) -> Any:
+    """A layer of this strategy, keys never rotated."""
+    if strategy.layout.name == "static" and strategy.layout.limit is None:
+        strategy = strategy.replace(
+            layout=dataclasses.replace(strategy.layout, max_cache_len=limit)
+        )
+    config = LlamaConfig(num_hidden_layers=1, rope_parameters=None)
+    config.rope_parameters = None
+    layer = build(strategy, config).layers[0]
+    if padding is not None and isinstance(layer, Layer):
+        layer.set_padding(padding)
+    return layer
+
+
+def kept_whole(retention: Retention, length: int) -> bool:
+    """Whether nothing of `length` tokens is dropped."""
+    if isinstance(retention, Scored):
+        return length < retention.budget + retention.every
+    return retention.newest is None or length <= retention.first + retention.newest
+
+
+STEP = st.one_of(
+    st.tuples(st.just("update"), st.sampled_from([1, 1, 1, 2, 3, 5, 8, 13, 20])),
+    st.tuples(st.just("update"), st.just(1)),
+    st.tuples(st.just("crop"), st.sampled_from([0, 1, 2, 5, 9, 30])),
+    st.tuples(st.just("record"), st.just(0)),
+    st.tuples(st.just("reorder"), st.integers(0, 5)),
+    st.tuples(st.just("select"), st.integers(0, 5)),
+    st.tuples(st.just("mask"), st.integers(0, 5)),
+    st.tuples(st.just("repeat"), st.integers(1, 2)),
+    st.tuples(st.just("copy"), st.just(0)),
+    st.tuples(st.just("reset"), st.just(0)),
+)
+
+
+class Machine:
+    """Runs drawn steps on a layer and its oracle, and compares them after each."""
+
+    def __init__(self, strategy: Strategy, padding: list[int]) -> None:
+        self.strategy = strategy
+        self.start = torch.tensor(padding)
+        self.layer = one_layer(strategy, self.start)
+        self.oracle = Oracle(strategy.retention, self.start)
+        self.since_settled = self.seed = 0
+        self.recording = False
+
+    def run(self, steps: list[tuple[str, int]]) -> None:
+        for name, n in steps:
+            if name in ("reorder", "select", "mask", "repeat") and not self.oracle.seen:
+                continue  # there are no rows yet
+            getattr(self, name)(n)
+            self.compare()
+
+    def update(self, S: int) -> None:
+        oracle, layer = self.oracle, self.layer
+        limit = layer.strategy.layout.limit
+        B = len(oracle.padding)
+        self.seed += 1
+        keys = normal(B, 2, S, 8, seed=self.seed)
+        values = normal(B, 2, S, 6, seed=-self.seed)
+        if limit is not None and oracle.seen + S > limit:
+            with pytest.raises(CacheOverflow):
+                layer.update(keys, values)
+            return
+        first = oracle.first_visible()
+        length, offset = layer.get_mask_sizes(S)
+        before = int(layer.get_seq_length())
+        got = layer.update(keys.clone(), values.clone())
+        assert before == oracle.seen
+        oracle.update(keys, values)
+        self.since_settled = self.since_settled + S if self.recording else 0
+        assert offset == first
+        sides, _ = oracle.visible(first)
+        for x, (exact, error) in zip(got, sides, strict=True):
+            assert x.shape[:2] == exact.shape[:2]
+            assert x.shape[2] == length
+            plain = dense(x)[:, :, : exact.shape[2]]  # a static layer returns empty room behind
+            assert length in (exact.shape[2], limit)
+            self.check(plain, exact, error)
+            assert same(plain[:, :, -S:].contiguous(), exact[:, :, -S:]), "this call's own tokens"
+        oracle.follow(layer)
+        codec = self.strategy.codec
+        if isinstance(layer, (Layer, StaticCodedLayer)) and not self.recording:
+            begin, end, _ = encoded_columns(layer)
+            if getattr(layer, "blocked", True):
+                assert oracle.seen - max(end, begin) <= codec.tail + codec.block - 1
+
+    def crop(self, n: int) -> None:
+        oracle = self.oracle
+        left = max(0, oracle.seen - n)
+        try:
+            self.layer.crop(-n)
+        except Evicted:
+            assert n > self.since_settled, "nothing since the last settled call can be gone"
+            assert oracle.first_visible(left) < oracle.first_visible(), "nothing needed was gone"
+            return
+        oracle.crop(n)
+        self.since_settled = 0
+        oracle.follow(self.layer)
+
+    def record(self, _: int) -> None:
+        if hasattr(self.layer, "activate_past_recording"):
+            self.layer.activate_past_recording()
+            self.recording = True
+
+    def reorder(self, seed: int) -> None:
+        B = len(self.oracle.padding)
+        order = torch.randint(0, B, (B,), generator=seeded(seed))
+        self.layer.reorder_cache(order)
+        self.oracle.map(lambda x: x[order])
+
+    def select(self, seed: int) -> None:
+        B = len(self.oracle.padding)
+        order = torch.randperm(B, generator=seeded(seed))[: max(1, B - seed % 2)]
+        self.layer.batch_select_indices(order)
+        self.oracle.map(lambda x: x[order])
+
+    def mask(self, seed: int) -> None:
+        B = len(self.oracle.padding)
+        keep = torch.rand(B, generator=seeded(seed)) < 0.8
+        keep[seed % B] = True
+        self.layer.batch_select_indices(keep)
+        self.oracle.map(lambda x: x[keep])
+
+    def repeat(self, repeats: int) -> None:
+        if len(self.oracle.padding) * repeats <= 6:
+            self.layer.batch_repeat_interleave(repeats)
+            self.oracle.map(lambda x: x.repeat_interleave(repeats, 0))
+
+    def copy(self, _: int) -> None:
+        """Go on with the copy; what happens to the original must not matter."""
+        old, self.layer = self.layer, copy.deepcopy(self.layer)
+        limit = old.strategy.layout.limit
+        if self.oracle.seen and (limit is None or self.oracle.seen < limit):
+            B = len(self.oracle.padding)
+            old.update(torch.full((B, 2, 1, 8), 9.0), torch.full((B, 2, 1, 6), 9.0))
+
+    def reset(self, _: int) -> None:
+        self.layer.reset()
+        # as many rows next time: a static layer keeps its room, and with it the batch
+        padding = torch.zeros_like(self.oracle.padding)
+        self.oracle = Oracle(self.strategy.retention, padding)
+        self.since_settled = 0
+
+    def compare(self) -> None:
+        layer, oracle = self.layer, self.oracle
+        assert int(layer.get_seq_length()) == oracle.seen
+        if oracle.seen == 0:
+            return
+        first = oracle.first_visible()
+        assert layer.held() == oracle.seen - first
+        sides, _ = oracle.visible(first)
+        for x, (exact, error) in zip((layer.keys, layer.values), sides, strict=True):
+            if layer.strategy.layout.limit is not None:
+                x = x[:, :, : exact.shape[2]]
+            self.check(x, exact, error)
+
+    def check(self, x: Tensor, exact: Tensor, error: Tensor) -> None:
+        assert x.shape == exact.shape
+        assert x.dtype == exact.dtype
+        over = (x - exact).abs() - error * (1 + 1e-6)
+        # two roundings to float32 on top where a token was encoded at all
+        slack = torch.where(error > 0, 1e-6, 0.0)
+        assert (over <= slack).all(), f"{float(over.max()):.3g} above the bound"
+
+
+def budget(retention: Retention) -> int:
+    """Most tokens held between two calls."""
+    if isinstance(retention, Scored):
+        return retention.budget + retention.every - 1
+    return retention.first + retention.newest - 1

@@ -1,0 +1,197 @@
+"""The contract of a retention method."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import DynamicCache
+
+from ..cache import build
+from ..codecs.exact import Exact
+from ..errors import Evicted
+from ..kernels.reference import Reference
+from ..layout.growing import Growing
+from ..placement.device import Device
+from ..retention.base import Retention, Scored
+from ..spec import PREFIX, Strategy, parse
+from .memory import walked_bytes
+from .oracle import one_layer
+from .tools import assert_close, dense, left_padded, normal, prompt, same, tiny_llama
+
+
+class RetentionConformance:
+    """The contract of `kvplug.Retention` and `kvplug.Scored`. Override the fixture `retention`.
+
+    Use a small budget (tens of tokens): the tests go a few times beyond it.
+    """
+
+    @pytest.fixture
+    def retention(self) -> Retention:
+        """The retention under test."""
+        raise NotImplementedError("override the fixture 'retention'")
+
+    @pytest.fixture
+    def strategy(self, retention: Retention) -> Strategy:
+        """It alone, all else exact."""
+        return Strategy(retention, Growing(), Exact(), Device(), Reference())
+
+    @pytest.fixture
+    def budget(self, retention: Retention) -> int:
+        """Most tokens held between two calls; 32 stand for no limit."""
+        if isinstance(retention, Scored):
+            return retention.budget + retention.every
+        return 32 if retention.newest is None else max(2, retention.first + retention.newest - 1)
+
+    def test_repr_and_str_parse_back(self, retention: Retention) -> None:
+        """A result can be rebuilt from its record."""
+        assert parse(repr(retention)).retention == retention
+        assert parse(str(retention)).retention == retention
+
+    @pytest.mark.parametrize("chunk", [1, 3, 7])
+    def test_what_is_seen_and_what_is_held(
+        self, retention: Retention, strategy: Strategy, budget: int, chunk: int
+    ) -> None:
+        """Masks, shapes and counts agree at every step; the call's own tokens are all there, exact.
+
+        What is held consists of tokens that came, in the order they came; positional retention
+        holds exactly the first and the newest that it says.
+        """
+        layer = one_layer(strategy)
+        came: list[int] = []
+        for step in range(0, 4 * budget, chunk):
+            new = list(range(step, step + chunk))
+            came += new
+            # token i is the number i, in every channel of its values
+            values = torch.tensor(new, dtype=torch.float32)[None, None, :, None].expand(2, 3, -1, 4)
+            length, offset = layer.get_mask_sizes(chunk)
+            k, v = layer.update(normal(2, 3, chunk, 8, seed=step), values)
+            assert k.shape == (2, 3, length, 8)
+            assert v.shape == (2, 3, length, 4)
+            assert offset + length == len(came) == layer.get_seq_length()
+            assert same(dense(v)[:, :, -chunk:].contiguous(), values.contiguous())
+            held = layer.values[..., 0]  # [B, H, T]
+            assert held.shape[-1] == layer.held() == layer.get_mask_sizes(1)[0] - 1
+            assert (held.diff(dim=-1) > 0).all(), "out of order"
+            assert len(came) < budget or layer.held() <= max(budget, 0) or retention.newest is None
+            if isinstance(retention, Scored):
+                assert layer.held() < retention.budget + retention.every
+                if len(came) < retention.budget + retention.every:
+                    assert layer.held() == len(came)
+            elif retention.newest is None:
+                assert held[0, 0].tolist() == came
+            else:
+                first, newest = retention.first, retention.newest - 1
+                kept = (
+                    came
+                    if len(came) <= first + newest
+                    else came[:first] + came[len(came) - newest :]
+                )
+                assert (held == torch.tensor(kept, dtype=torch.float32)).all()
+
+    def test_prompt_is_read_in_full(self, strategy: Strategy, budget: int) -> None:
+        """Eviction comes after attention: the first forward of a long prompt is exact."""
+        model, ids = tiny_llama(), prompt(3 * budget)
+        with torch.no_grad():
+            exact = model(ids, past_key_values=DynamicCache(config=model.config)).logits
+            ours = model(ids, past_key_values=build(strategy, model.config)).logits
+        assert_close(ours, exact)
+
+    def test_within_the_budget_nothing_is_lost(
+        self, retention: Retention, strategy: Strategy, budget: int
+    ) -> None:
+        """As long as all fits, tokens are those of `DynamicCache`."""
+        n = budget // 2
+        if n < 2:
+            pytest.skip(f"{retention}: a budget of {budget} fits nothing")
+        model, ids = tiny_llama(), prompt(n, batch=2)
+        new = {"max_new_tokens": budget - n, "do_sample": False}
+        plain = model.generate(ids, **new)
+        ours = model.generate(ids, past_key_values=build(strategy, model.config), **new)
+        assert torch.equal(ours, plain)
+
+    def test_memory_is_bounded(self, retention: Retention, strategy: Strategy, budget: int) -> None:
+        """Bytes after ten budgets are those after five."""
+        if not isinstance(retention, Scored) and retention.newest is None:
+            pytest.skip(f"{retention}: keeps everything")
+        layer, sizes = one_layer(strategy), []
+        for step in range(10 * budget):
+            layer.update(normal(1, 2, 1, 8, seed=step), normal(1, 2, 1, 8, seed=step))
+            sizes.append(walked_bytes(layer))
+        half = len(sizes) // 2
+        assert max(sizes[half:]) <= max(sizes[:half])
+        # idle room in front and behind is at most what is held, and a few rows
+        assert max(sizes) <= (3 * budget + 64) * 2 * 2 * 8 * 4
+
+    def test_left_padded_rows_are_as_alone(self, strategy: Strategy, budget: int) -> None:
+        """Rows of unlike length overflow at different times; each is as it would be alone."""
+        if isinstance(strategy.retention, Scored):
+            pytest.skip(f"{strategy.retention}: chooses in steps of the batch; see the next test")
+        model = tiny_llama()
+        rows = [prompt(n, seed=n)[0] for n in (budget + 5, 3, budget // 2 + 1, budget + 2)]
+        new = {"max_new_tokens": 2 * budget, "do_sample": False}
+        together = model.generate(
+            **left_padded(rows), cache_implementation=f"{PREFIX}{strategy!r}", **new
+        )
+        for row, out in zip(rows, together, strict=True):
+            alone = model.generate(row[None], cache_implementation=f"{PREFIX}{strategy!r}", **new)
+            assert out[-2 * budget :].tolist() == alone[0, -2 * budget :].tolist()
+
+    def test_padding_goes_first(self, strategy: Strategy, budget: int) -> None:
+        """A padding token is held only beside all real tokens of its row."""
+        padding = torch.tensor([0, budget, budget // 2])
+        together, alone = one_layer(strategy, padding), one_layer(strategy)
+        for i in range(4 * budget):
+            keys = normal(3, 2, 1, 8, seed=i)
+            values = torch.full((3, 2, 1, 4), float(i))  # token i is the number i
+            together.update(keys, values)
+            alone.update(keys[:1], values[:1])
+            assert same(together.values[:1].contiguous(), alone.values)
+            held = together.values[..., 0]  # [B, H, T]
+            is_padding = held < padding[:, None, None]
+            real = (i + 1 - padding).clamp_min(0)[:, None]
+            kept_real = (~is_padding).sum(-1)
+            assert ((is_padding.sum(-1) == 0) | (kept_real >= real)).all() or (
+                strategy.retention.newest is not None  # a window counts columns: masks do the rest
+            )
+
+    @pytest.mark.parametrize("recording", [False, True])
+    def test_crop(self, strategy: Strategy, budget: int, recording: bool) -> None:
+        """While the past is recorded, a rollback leaves no trace; else it is right or `Evicted`."""
+        for removed in (1, 2, budget // 2, budget):
+            layers = [one_layer(strategy) for _ in range(2)]
+            for layer in layers:
+                layer.update(
+                    normal(1, 2, 2 * budget, 8, seed=0), normal(1, 2, 2 * budget, 8, seed=1)
+                )
+            if recording:
+                layers[0].activate_past_recording()
+            extra = normal(1, 2, removed, 8, seed=2)
+            layers[0].update(extra, extra)
+            try:
+                layers[0].crop(-removed)
+            except Evicted:
+                assert not recording
+                continue
+            one = normal(1, 2, 1, 8, seed=3)
+            if isinstance(strategy.retention, Scored) and not recording:
+                continue  # it chose anew with the tokens that are gone
+            for a, b in zip(*(layer.update(one, one) for layer in layers), strict=True):
+                assert torch.equal(dense(a), dense(b))
+
+    def test_batch_operations_and_reset(self, strategy: Strategy, budget: int) -> None:
+        """Rows are independent: reordering them before or after is the same; reset forgets."""
+        order = torch.tensor([2, 0, 0, 1])
+        keys, values = (normal(3, 2, 3 * budget, 8, seed=s) for s in (0, 1))
+        late, early = one_layer(strategy), one_layer(strategy)
+        for i in range(0, 3 * budget, 3):
+            late.update(keys[:, :, i : i + 3], values[:, :, i : i + 3])
+            early.update(keys[order][:, :, i : i + 3], values[order][:, :, i : i + 3])
+        late.batch_select_indices(order)
+        assert same(late.keys.contiguous(), early.keys.contiguous())
+        assert same(late.values.contiguous(), early.values.contiguous())
+        late.reset()
+        assert late.get_seq_length() == late.held() == 0
+        fresh = one_layer(strategy)
+        for a, b in zip(late.update(keys, values), fresh.update(keys, values), strict=True):
+            assert torch.equal(dense(a), dense(b))
+        assert same(late.values, fresh.values)
