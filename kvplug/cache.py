@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import transformers
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, StaticLayer
+from transformers.generation.configuration_utils import ALL_CACHE_IMPLEMENTATIONS
 
 from .errors import SpecError
 from .layer import Layer
@@ -117,7 +118,9 @@ def build(
     else:
         theirs = transformers.DynamicCache(config=config).layers
         layers = [_layer(x, strategy, place, stats, rotation) for x in theirs]
-    if not any(isinstance(layer, (Layer, OurStaticLayer)) for layer in layers):
+    # transformers' static windows are all that an exact static cache of a sliding model needs
+    served = (Layer, StaticLayer if strategy.codec.name == "exact" else OurStaticLayer)
+    if not any(isinstance(layer, served) for layer in layers):
         kinds = ", ".join(sorted({type(layer).__name__ for layer in layers})) or "none"
         raise SpecError(
             f"{strategy}: {type(config).__name__} has no attention layer it could serve: {kinds}"
@@ -139,8 +142,6 @@ def _layer(
 
 def is_ours(name: Any) -> bool:
     """Whether a `cache_implementation` is left to us: any text transformers does not know."""
-    from transformers.generation.configuration_utils import ALL_CACHE_IMPLEMENTATIONS
-
     return isinstance(name, str) and (
         name.startswith(PREFIX) or name not in (*ALL_CACHE_IMPLEMENTATIONS, "paged")
     )

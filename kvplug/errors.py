@@ -1,10 +1,11 @@
 """What kvplug raises.
 
 KvplugError
-├── SpecError (ValueError)          a strategy that cannot be: unknown name, bad argument, stages
-that do not compose ├── MissingExtra (ImportError)      a stage whose optional dependency is not
-installed ├── CacheOverflow (ValueError)      more tokens than a static cache was built for └──
-Evicted (RuntimeError)          a rollback to tokens that are no longer kept
+├── SpecError (ValueError)        a strategy that cannot be: bad argument, stages that clash
+│   └── UnknownStage              a name that no stage has
+├── MissingExtra (ImportError)    a stage whose optional dependency is not installed
+├── CacheOverflow (ValueError)    more tokens than a static cache was built for
+└── Evicted (RuntimeError)        a rollback to tokens that are no longer kept
 """
 
 from difflib import get_close_matches
@@ -16,6 +17,10 @@ class KvplugError(Exception):
 
 class SpecError(KvplugError, ValueError):
     """A strategy that cannot be built: says the value, what is accepted and the nearest match."""
+
+
+class UnknownStage(SpecError):
+    """A name that no stage has."""
 
 
 class MissingExtra(KvplugError, ImportError):

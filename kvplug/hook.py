@@ -1,5 +1,4 @@
-"""The only file that touches transformers: strategies as `cache_implementation` of any `generate`
-call.
+"""The only file that touches transformers: strategies as `cache_implementation` of `generate`.
 
 Two methods are wrapped. `GenerationConfig.validate` accepts our names;
 `GenerationMixin._prepare_cache_for_generation` lets transformers prepare its own cache and puts
@@ -13,10 +12,11 @@ import functools
 from typing import Any
 
 from transformers import EncoderDecoderCache, GenerationConfig
+from transformers.generation.configuration_utils import ALL_CACHE_IMPLEMENTATIONS
 from transformers.generation.utils import GenerationMixin
 
 from .cache import Cache, build, is_ours
-from .errors import SpecError
+from .errors import SpecError, UnknownStage
 from .layout.growing import Growing
 from .spec import parse
 
@@ -45,7 +45,11 @@ def _validate(original: Any) -> Any:
     def validate(self: GenerationConfig, *args: Any, **kwargs: Any) -> None:
         if not is_ours(self.cache_implementation):
             return original(self, *args, **kwargs)
-        strategy = parse(self.cache_implementation, self.cache_config)
+        try:
+            strategy = parse(self.cache_implementation, self.cache_config)
+        except UnknownStage as e:
+            theirs = ", ".join(ALL_CACHE_IMPLEMENTATIONS)
+            raise UnknownStage(f"{e} Names of transformers: {theirs}.") from None
         # transformers judges the rest, on a copy: the caller's object may be shared between threads
         return original(_without_ours(self, strategy.layout.name == "static"), *args, **kwargs)
 

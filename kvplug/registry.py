@@ -6,7 +6,7 @@ import warnings
 from importlib import import_module
 from importlib.metadata import entry_points
 
-from .errors import MissingExtra, SpecError, unknown
+from .errors import MissingExtra, SpecError, UnknownStage, unknown
 from .stage import Stage
 
 KINDS = ("retention", "layout", "codec", "placement", "kernel")
@@ -137,14 +137,14 @@ REGISTRIES: dict[str, Registry] = {
 def find(name: str) -> type[Stage]:
     """The stage class called `name`, of whatever kind: names are unique over all kinds.
 
-    Raises SpecError with the nearest match where no kind knows it.
+    Raises UnknownStage with the nearest match where no kind knows it.
     """
     for registry in REGISTRIES.values():
         if name in registry:
             return registry.get(name)
     known = [n for registry in REGISTRIES.values() for n in registry.names()]
     groups = ", ".join(r.group for r in REGISTRIES.values())
-    raise SpecError(
+    raise UnknownStage(
         unknown("cache stage", name, known, f"Plugins register in entry-point groups {groups}.")
     )
 

@@ -1,9 +1,8 @@
-"""Strategies as text: `sinks(sinks=4, window=1020)+int8+host`, parsed to frozen dataclasses and
-printed back.
+"""Strategies as text, `sinks(sinks=4, window=1020)+int8+host`, parsed to dataclasses and back.
 
-Grammar: stage names joined by `+`, at most one of each kind, each with optional keyword arguments
-    written as Python literals. What is left out takes the default:
-    `full+growing+exact+device+auto`.
+The grammar: stage names joined by `+`, at most one of each kind, each with optional keyword
+arguments written as Python literals. What is left out takes the default, in full
+`full+growing+exact+device+auto`.
 """
 
 from __future__ import annotations

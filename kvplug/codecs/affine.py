@@ -67,8 +67,7 @@ class Affine(Codec):
 
 
 def _quantize(x: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
-    """X [..., G] -> codes [..., G] uint8, scale and zero [...] float16, with |x - (codes * scale +
-    zero)| <= scale / 2.
+    """Codes [..., G] uint8, scale and zero [...] float16 of x [..., G]; error <= scale / 2.
 
     The zero is rounded down to float16 first and the scale up afterwards, so that the rounding of a
     large zero (keys of Qwen2 have a bias of several hundred) widens the range a little instead of
