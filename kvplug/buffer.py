@@ -59,9 +59,9 @@ class Buffer:
         return {name: x[:, :, self.start + begin : stop] for name, x in self.tensors.items()}
 
     def drop_first(self, n: int) -> None:
-        """Forget the first n rows, and give memory back where more than half has become idle."""
+        """Forget the first n rows, and give memory back where more is idle than growth leaves."""
         self.start += n
-        if self.capacity > max(2 * len(self) + self.unit, self.reserve):
+        if self.capacity > max(len(self) + max(2 * self.unit, len(self) // 4), self.reserve):
             self._reallocate(max(len(self), self.reserve), self.tensors)
 
     def drop_last(self, n: int) -> None:
