@@ -12,6 +12,7 @@ from .errors import CacheOverflow, Evicted
 from .pins import Pins
 from .placement.device import OnDevice
 from .retention.base import Scored
+from .rows import RowOperations
 from .stored import Stored
 from .view import views
 
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from .stats import Stats
 
 
-class Layer(CacheLayerMixin):
+class Layer(RowOperations, CacheLayerMixin):
     """Keys and values of one attention layer.
 
     New tokens go to the tail, in full precision; once attention has seen them, whole blocks leave
@@ -197,13 +198,9 @@ class Layer(CacheLayerMixin):
             Evicted: the tokens that would be visible then have been dropped; call
                 `activate_past_recording` first.
         """
-        if tokens_to_remove > 0:
-            raise ValueError(
-                f"crop takes minus the number of tokens to remove, got {tokens_to_remove}"
-            )
+        n = removed(tokens_to_remove, self.seen)
         if not self.is_initialized:
             return
-        n = min(-tokens_to_remove, self.seen)
         self._lift_pins()
         self._check_rollback(n)
         while n > len(self.tail):
@@ -222,18 +219,6 @@ class Layer(CacheLayerMixin):
             self.pins.clear()
         self.padding = None
         self._forget()
-
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Row i becomes what row beam_idx[i] was; beam_idx [B]."""
-        self._map(lambda x: x.index_select(0, beam_idx.to(x.device)))
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        """Each row `repeats` times."""
-        self._map(lambda x: x.repeat_interleave(repeats, dim=0))
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        """Only the rows `indices`: positions or a mask."""
-        self._map(lambda x: x[indices.to(x.device)])
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> None:
         if not self.is_initialized:
@@ -392,6 +377,13 @@ class Layer(CacheLayerMixin):
             under = self.tail.read(row, row + keys.shape[2] - gone)
             under["k"].copy_(keys[:, :, gone:])
             under["v"].copy_(values[:, :, gone:])
+
+
+def removed(tokens_to_remove: int, seen: int) -> int:
+    """How many of the tokens seen a `crop` removes: transformers says it with a minus sign."""
+    if tokens_to_remove > 0:
+        raise ValueError(f"crop takes minus the number of tokens to remove, got {tokens_to_remove}")
+    return min(-tokens_to_remove, seen)
 
 
 def overflow(limit: int, seen: int, S: int) -> str:

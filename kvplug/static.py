@@ -8,7 +8,8 @@ import torch
 from transformers.cache_utils import StaticLayer as TransformersStaticLayer
 
 from .errors import CacheOverflow
-from .layer import overflow
+from .layer import overflow, removed
+from .rows import RowOperations
 from .stored import Stored
 from .view import views
 
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     from .stats import Stats
 
 
-class StaticLayer(TransformersStaticLayer):
+class StaticLayer(RowOperations, TransformersStaticLayer):
     """transformers' static layer, with rollback, batch operations and overflow that raises.
 
     The number of tokens is a tensor, changed in place: one compiled graph serves all numbers.
@@ -37,11 +38,14 @@ class StaticLayer(TransformersStaticLayer):
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Add tokens [B, H, S, D] and return all room [B, H, max_cache_len, D], the rest masked."""
+        """Add tokens [B, H, S, D]; return columns [B, H, T, D] as `get_mask_sizes` announced."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         self._check_room(key_states.shape[-2])
-        return super().update(key_states.detach(), value_states.detach(), *args, **kwargs)
+        return self._append(key_states.detach(), value_states.detach())
+
+    def _append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        return super().update(keys, values)  # all room: transformers' mask hides what is empty
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """All room, from column 0."""
@@ -54,23 +58,7 @@ class StaticLayer(TransformersStaticLayer):
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the newest `-tokens_to_remove` tokens; their room is masked and overwritten."""
-        if tokens_to_remove > 0:
-            raise ValueError(
-                f"crop takes minus the number of tokens to remove, got {tokens_to_remove}"
-            )
-        self.cumulative_length.add_(tokens_to_remove).clamp_(min=0)
-
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Row i becomes what row beam_idx[i] was; beam_idx [B]."""
-        self._map(lambda x: x.index_select(0, beam_idx.to(x.device)))
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        """Each row `repeats` times."""
-        self._map(lambda x: x.repeat_interleave(repeats, dim=0))
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        """Only the rows `indices`: positions or a mask."""
-        self._map(lambda x: x[indices.to(x.device)])
+        self.cumulative_length.sub_(removed(tokens_to_remove, self.held()))
 
     def reset(self) -> None:
         """Forget all tokens; the room stays, at the address a compiled graph knows."""
@@ -146,11 +134,8 @@ class StaticCodedLayer(StaticLayer):
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Reserve the room; key_states [B, H, S, Dk], value_states [B, H, S, Dv]."""
         codec = self.strategy.codec
-        self.dtype, self.device, self.batch_size = (
-            key_states.dtype,
-            key_states.device,
-            key_states.shape[0],
-        )
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.batch_size = key_states.shape[0]
         N, R = -(-self.max_cache_len // codec.block), codec.tail + codec.block
         self.tail = [x.new_zeros(*x.shape[:2], R, x.shape[-1]) for x in (key_states, value_states)]
         block = codec.encode(*(x[:, :, : codec.block].unsqueeze(2) for x in self.tail))
@@ -163,17 +148,6 @@ class StaticCodedLayer(StaticLayer):
             for x in (*self.blocks.values(), *self.tail, self.cumulative_length, self.block_count):
                 torch._dynamo.mark_static_address(x)
         self.is_initialized = True
-
-    def update(
-        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[Tensor, Tensor]:
-        """Add tokens [B, H, S, D] (compiled: S = 1); return what `get_mask_sizes` announced."""
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-        self._check_room(key_states.shape[-2])
-        if torch.compiler.is_compiling():
-            return self._compiled_step(key_states.detach(), value_states.detach())
-        return self._append(key_states.detach(), value_states.detach())
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """All room for a decode step, whose shapes must not change; else what is in use."""
@@ -196,13 +170,10 @@ class StaticCodedLayer(StaticLayer):
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the newest `-tokens_to_remove` tokens; a block that is cut returns as stored."""
-        if tokens_to_remove > 0:
-            raise ValueError(
-                f"crop takes minus the number of tokens to remove, got {tokens_to_remove}"
-            )
+        seen = self.held() - removed(tokens_to_remove, self.held())
         if not self.is_initialized:
             return
-        seen, block = max(0, self.held() + tokens_to_remove), self.strategy.codec.block
+        block = self.strategy.codec.block
         if seen < int(self.block_count) * block:
             n = seen // block
             opened = self.strategy.codec.decode(
@@ -235,6 +206,8 @@ class StaticCodedLayer(StaticLayer):
         return Stored(self.strategy.codec, None, blocks, 0, tuple(tail), empty)
 
     def _append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        if torch.compiler.is_compiling():
+            return self._compiled_step(keys, values)
         S, codec = keys.shape[2], self.strategy.codec
         rows = [torch.cat(pair, dim=2) for pair in zip(self._rest(), (keys, values), strict=True)]
         self.cumulative_length.add_(S)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
@@ -15,6 +15,14 @@ if TYPE_CHECKING:
 
 WIDTHS = (2, 4, 8)
 F16_MAX = torch.finfo(torch.float16).max
+
+
+def _bits(default: int) -> Any:
+    return option(default, "bits per key or value", choices=WIDTHS)
+
+
+def _tail(default: int) -> Any:
+    return option(default, "newest tokens kept in full precision", ge=0)
 
 
 @dataclass(frozen=True)
@@ -31,6 +39,12 @@ class Affine(Codec):
     bits, byte i holds token i in its low half and token i + block/2 in its high half; with 2 bits,
     i + block/4 * (0, 1, 2, 3).
     """
+
+    block: int = option(64, "tokens per block", choices=(8, 16, 32, 64, 128, 256))
+    group: int = option(32, "value channels per scale, lowered to a divisor of head_dim", ge=1)
+    tail: int = _tail(0)
+    k_bits: int = _bits(8)
+    v_bits: int = _bits(8)
 
     def encode(self, keys: Tensor, values: Tensor) -> Encoded:
         k_codes, k_scale, k_zero = _quantize(keys.float().transpose(-1, -2), self.k_bits)
@@ -116,11 +130,6 @@ class Int8(Affine):
     """8-bit integers: about half of bf16, drift near nothing (KL 1e-4)."""
 
     name: ClassVar[str] = "int8"
-    block: int = option(64, "tokens per block, a multiple of 8", choices=(8, 16, 32, 64, 128, 256))
-    group: int = option(32, "value channels per scale, lowered to a divisor of head_dim", ge=1)
-    tail: int = option(0, "newest tokens kept in full precision", ge=0)
-    k_bits: int = option(8, "bits per key", choices=WIDTHS)
-    v_bits: int = option(8, "bits per value", choices=WIDTHS)
 
 
 @dataclass(frozen=True)
@@ -128,11 +137,9 @@ class Int4(Affine):
     """4-bit integers: less than a third of bf16, small drift; the newest 64 tokens stay exact."""
 
     name: ClassVar[str] = "int4"
-    block: int = option(64, "tokens per block, a multiple of 8", choices=(8, 16, 32, 64, 128, 256))
-    group: int = option(32, "value channels per scale, lowered to a divisor of head_dim", ge=1)
-    tail: int = option(64, "newest tokens kept in full precision", ge=0)
-    k_bits: int = option(4, "bits per key", choices=WIDTHS)
-    v_bits: int = option(4, "bits per value", choices=WIDTHS)
+    tail: int = _tail(64)
+    k_bits: int = _bits(4)
+    v_bits: int = _bits(4)
 
 
 @dataclass(frozen=True)
@@ -140,8 +147,6 @@ class Int2(Affine):
     """2-bit integers: a fifth of bf16 and heavy drift on small models; for research."""
 
     name: ClassVar[str] = "int2"
-    block: int = option(64, "tokens per block, a multiple of 8", choices=(8, 16, 32, 64, 128, 256))
-    group: int = option(32, "value channels per scale, lowered to a divisor of head_dim", ge=1)
-    tail: int = option(64, "newest tokens kept in full precision", ge=0)
-    k_bits: int = option(2, "bits per key", choices=WIDTHS)
-    v_bits: int = option(2, "bits per value", choices=WIDTHS)
+    tail: int = _tail(64)
+    k_bits: int = _bits(2)
+    v_bits: int = _bits(2)
