@@ -380,7 +380,11 @@ class Layer(RowOperations, CacheLayerMixin):
 
 
 def removed(tokens_to_remove: int, seen: int) -> int:
-    """How many of the tokens seen a `crop` removes: transformers says it with a minus sign."""
+    """How many of the tokens seen a `crop` removes: transformers says it with a minus sign.
+
+    It may be a tensor: transformers 5.17 passes one in assisted decoding.
+    """
+    tokens_to_remove = int(tokens_to_remove)
     if tokens_to_remove > 0:
         raise ValueError(f"crop takes minus the number of tokens to remove, got {tokens_to_remove}")
     return min(-tokens_to_remove, seen)
