@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from importlib import import_module
 from typing import TYPE_CHECKING
 
 import torch
 from transformers.cache_utils import StaticLayer
 
 from .cache import build
+from .rope import modeling
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -57,8 +57,8 @@ def kv_shapes(config: PreTrainedConfig, layers: int) -> list[tuple[int, int, int
 
 def _stores_latents(config: PreTrainedConfig) -> bool:
     """Whether the model stores latents and expands them after the cache: newer transformers do."""
-    module = import_module(type(config).__module__.replace(".configuration_", ".modeling_"))
-    return any(hasattr(x, "expand_kv") for x in vars(module).values() if isinstance(x, type))
+    classes = (x for x in vars(modeling(config)).values() if isinstance(x, type))
+    return any(hasattr(x, "expand_kv") for x in classes)
 
 
 def _kv_shape(config: PreTrainedConfig) -> tuple[int, int, int]:

@@ -241,14 +241,14 @@ class Layer(RowOperations, CacheLayerMixin):
         """The oldest column still stored."""
         return self._tail_start() - len(self.blocks) * self.strategy.codec.block
 
-    def _first_visible(self) -> int:
-        """The oldest column that the next query can see."""
+    def _first_visible(self, n: int = 0) -> int:
+        """The oldest column that the next query can see; were the newest n tokens removed."""
         retention = self.strategy.retention
         if isinstance(retention, Scored):
             return self._first_stored() if self.is_initialized else 0
         if retention.newest is None:
             return 0
-        return max(0, self.seen - (retention.newest - 1) - retention.first)
+        return max(0, self.seen - n - (retention.newest - 1) - retention.first)
 
     def _pinned(self, first: int) -> bool:
         """Whether pins stand at the columns `first` and on."""
@@ -338,11 +338,8 @@ class Layer(RowOperations, CacheLayerMixin):
         retention = self.strategy.retention
         if isinstance(retention, Scored):
             lost = self._tail_start() > 0 and n > self._since_eviction
-        elif retention.newest is None:
-            lost = False
         else:
-            first = max(0, self.seen - n - (retention.newest - 1) - retention.first)
-            lost = first < self._first_stored()
+            lost = self._first_visible(n) < self._first_stored()
         if lost:
             raise Evicted(
                 f"cannot crop {n} of {self.seen} tokens: {retention} has dropped some that would "

@@ -10,11 +10,18 @@ import torch
 from .errors import SpecError
 
 if TYPE_CHECKING:
+    from types import ModuleType
+
     from torch import Tensor
     from transformers import PreTrainedConfig
 
 # with these, frequencies do not depend on the length: a turn by d positions is a shift by d tokens
 FIXED_FREQUENCIES = ("default", "linear", "llama3", "yarn", "proportional")
+
+
+def modeling(config: PreTrainedConfig) -> ModuleType:
+    """The module with the model's own code, beside that of its config."""
+    return import_module(type(config).__module__.replace(".configuration_", ".modeling_"))
 
 
 class Rotation:
@@ -51,7 +58,7 @@ class Rotation:
                 f"frequencies of rope_type {kinds['rope_type']!r} change "
                 f"with length; accepted: {', '.join(FIXED_FREQUENCIES)}"
             )
-        module = import_module(type(config).__module__.replace(".configuration_", ".modeling_"))
+        module = modeling(config)
         embeddings = (x for name, x in vars(module).items() if name.endswith("RotaryEmbedding"))
         embedding = next(embeddings, None)
         rotate_half = getattr(module, "rotate_half", None)
