@@ -1,10 +1,14 @@
 """What a KV cache costs and buys: speed, memory and drift, measured by one loop for every strategy.
 
-    python -m evals run          measure, and write results/<config hash>/
-    python -m evals report DIR   render those files again
-    python -m evals list         the rows and the metrics
+    python -m evals run [cfg.toml]     measure, and write results/<config hash>/
+    python -m evals report DIR         render those files again
+    python -m evals compare DIR DIR    the figures of two runs, as ratios
+    python -m evals list               suites, rows and metrics
+    python -m evals validate cfg.toml  check a config without measuring
 
-A run is: a `Config` (config.py), a model (model.py), a text (data.py), strategies (strategies.py,
-rivals/), three measurements (speed.py, drift.py, greedy.py; memory.py serves speed.py), rows
-(schema.py) and a report (report.py, picture.py). Nothing here is imported by kvplug.
+A run is: a `Config` (config.py), a suite (suites/) that makes `Task`s (task.py) for strategies
+(strategies.py, rivals/, control.py) on a `Bench` (bench.py: model.py, data.py, machine.py,
+fill.py), rows (schema.py) in a folder (store.py) and a report (report.py, tables.py, picture.py).
+The measurements are speed.py, drift.py, greedy.py, memory.py and race.py. Nothing here is imported
+by kvplug.
 """

@@ -1,4 +1,4 @@
-"""`python -m evals run | report | list`."""
+"""`python -m evals run | report | compare | list | validate`."""
 
 from __future__ import annotations
 
@@ -6,19 +6,22 @@ import argparse
 import sys
 from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from evals.config import Config, ConfigError, split_specs
+from evals.config import Config, ConfigError, gather
 
 if TYPE_CHECKING:
     from rich.console import Console
 
 EXAMPLES = """examples:
   python -m evals run
+  python -m evals run --suite decode --context 2048,6000 --batch 1
   python -m evals run --strategies int4,sinks(sinks=4, window=1020)+int8 --context 6000
-  python -m evals run --model Qwen/Qwen3-0.6B --dataset book.txt --windows 4
+  python -m evals run config.toml --model Qwen/Qwen3-0.6B --dry-run
   python -m evals report results/*
+  python -m evals compare results/OLD results/NEW
 """
+INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 
 
 def parser() -> argparse.ArgumentParser:
@@ -29,66 +32,141 @@ def parser() -> argparse.ArgumentParser:
     root.formatter_class = argparse.RawDescriptionHelpFormatter
     commands = root.add_subparsers(dest="command", required=True)
     run = commands.add_parser("run", help="measure, and write results/<config hash>/")
-    for f in fields(Config):
-        flag, kind = "--" + f.name.replace("_", "-"), int if f.type.startswith("int") else str
-        more = {"nargs": "+", "action": "extend"} if f.name == "strategies" else {"type": kind}
-        run.add_argument(
-            flag, default=argparse.SUPPRESS, help=f"{f.metadata['doc']} ({f.default})", **more
-        )
+    check = commands.add_parser("validate", help="check a config without measuring")
+    for command in (run, check):
+        command.add_argument("file", type=Path, nargs="?", help="TOML file of the flags below")
+        for f in fields(Config):
+            many = {"nargs": "+", "action": "extend"} if f.type.startswith("tuple") else {}
+            command.add_argument(
+                "--" + f.name.replace("_", "-"),
+                default=argparse.SUPPRESS,
+                help=f"{f.metadata['doc']} ({f.default})",
+                **many,
+            )
     run.add_argument(
         "--out", type=Path, default=Path("results"), help="folder of result folders (results)"
     )
-    again = commands.add_parser("report", help="render table and picture again from a run's files")
+    run.add_argument("--dry-run", action="store_true", help="show the plan, measure nothing")
+    run.add_argument("--again", action="store_true", help="discard what this config has measured")
+    again = commands.add_parser("report", help="render tables and picture again from a run's files")
     again.add_argument("folders", type=Path, nargs="+", metavar="DIR")
-    commands.add_parser("list", help="rows by default, rivals, metrics")
+    two = commands.add_parser("compare", help="the figures of two runs, as ratios")
+    two.add_argument("folders", type=Path, nargs=2, metavar="DIR")
+    commands.add_parser("list", help="suites, rows by default, rivals, metrics")
     return root
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Do what the command line says; return 0, 1 if a row failed, 2 if the run cannot be."""
+    """Do what the command line says.
+
+    Returns 0, 1 if a row failed, 2 if the run cannot be or its results cannot be written, 130 if it
+    was interrupted.
+    """
     given = vars(parser().parse_args(argv))
-    command, out, folders = given.pop("command"), given.pop("out", None), given.pop("folders", [])
     from rich.console import Console  # here, so that --help answers at once
 
     console = Console(width=None if sys.stdout.isatty() else 240)
     try:
-        if command == "run":
-            from evals.model import FetchError
-            from evals.run import run
-
-            if "strategies" in given:
-                given["strategies"] = tuple(
-                    s for text in given["strategies"] for s in split_specs(text)
-                )
-            try:
-                return 0 if run(Config(**given), out, console) else 1
-            except FetchError as error:
-                raise ConfigError(str(error)) from error
-        if command == "report":
-            from evals.report import render
-
-            return 0 if all([render(folder, console) for folder in folders]) else 1
-        return listing(console)
+        return COMMANDS[given.pop("command")](given, console)
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        return INTERRUPTED
 
 
-def listing(console: Console) -> int:
-    """Show the rows and the metrics."""
-    from evals import rivals
+def run(given: dict[str, Any], console: Console) -> int:
+    """Measure."""
+    from evals.model import FetchError
+    from evals.run import run
+    from evals.store import WriteFailed
+
+    out, dry, again = (given.pop(name) for name in ("out", "dry_run", "again"))
+    try:
+        return 0 if run(configured(given), out, console, again=again, dry=dry) else 1
+    except (FetchError, WriteFailed) as error:
+        raise ConfigError(str(error)) from error
+
+
+def configured(given: dict[str, Any]) -> Config:
+    """Return the config of a file and flags; what comes as text is read as numbers are."""
+    file = given.pop("file")
+    kinds = {f.name: f.type for f in fields(Config)}
+    for name, text in given.items():
+        if "int" in kinds[name]:
+            many = isinstance(text, list)
+            words = [word for part in (text if many else [text]) for word in part.split(",")]
+            try:
+                numbers = [int(word) for word in words if word or not many]
+            except ValueError:
+                raise ConfigError(f"{name}={','.join(words)}: accepted are whole numbers") from None
+            given[name] = numbers if many else numbers[0]
+    return gather(file, given)
+
+
+def validate(given: dict[str, Any], console: Console) -> int:
+    """Say what a config comes out as, or what is wrong with it."""
+    from evals import strategies
+
+    config = configured(given)
+    rows = strategies.resolve(config.strategies)
+    for f in fields(config):
+        value = getattr(config, f.name)
+        if f.name == "strategies":
+            value = ", ".join(row.name for row in rows)
+        console.print(f"{f.name:13} {value}", highlight=False, markup=False)
+    return 0
+
+
+def report(given: dict[str, Any], console: Console) -> int:
+    """Render results again."""
+    from evals.report import render
+
+    return 0 if all([render(folder, console) for folder in folders(given)]) else 1
+
+
+def compare(given: dict[str, Any], console: Console) -> int:
+    """Show the figures of two runs."""
+    from evals.compare import compare
+    from evals.report import show
+
+    show(compare(*folders(given)), console)
+    return 0
+
+
+def folders(given: dict[str, Any]) -> list[Path]:
+    """Return the result folders named, if they are some."""
+    for folder in given["folders"]:
+        if not (folder / "env.json").exists():
+            raise ConfigError(f"{folder} is no result folder: it has no env.json")
+    return given["folders"]
+
+
+def listing(given: dict[str, Any], console: Console) -> int:
+    """Show suites, rows and metrics."""
+    from evals import rivals, suites
     from evals.schema import METRICS
 
-    console.print("rows by default: " + ", ".join(Config.strategies), highlight=False, markup=False)
-    console.print("rivals: " + ", ".join(rivals.names()), highlight=False)
-    console.print("any kvplug strategy is a row too: `kvplug list`", highlight=False)
+    def say(text: str) -> None:
+        console.print(text, highlight=False, markup=False)
+
+    for name in suites.names():
+        say(f"--suite {name:9} {suites.get(name).__doc__.partition(chr(10))[0]}")
+    say("rows by default: " + ", ".join(Config.strategies))
+    say("rivals: " + ", ".join(rivals.names()))
+    say("any kvplug strategy is a row too: `kvplug list`")
     for name, metric in METRICS.items():
-        console.print(
-            f"{name:17} {metric.unit:9} {metric.better:7} {metric.doc}",
-            highlight=False,
-            markup=False,
-        )
+        say(f"{name:17} {metric.unit:9} {metric.better:7} {metric.doc}")
     return 0
+
+
+COMMANDS = {
+    "run": run,
+    "validate": validate,
+    "report": report,
+    "compare": compare,
+    "list": listing,
+}
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import evaluate
+import numpy as np
 import torch
 
 from evals.schema import measured
@@ -80,25 +81,77 @@ def measure(
     exact: list[list[torch.Tensor]],
     config: Config,
     tick: Callable[[], None],
-) -> dict[str, float]:
-    """Return what the kv_drift metric says of windows [W, N] against the exact ones."""
-    metric = evaluate.load(str(METRIC), keep_in_memory=True)
+) -> dict[str, np.ndarray]:
+    """Return what happened at every position of windows [W, N] that counts: arrays [W, P].
+
+    They are the inputs of the kv_drift metric.
+    """
+    whole = []
     for window, kept in zip(windows, exact, strict=True):
+        chunks = []
         for (logq, target), logp in zip(
             predictions(model, strategy, window, config), kept, strict=True
         ):
             p = logp.to(logq.device)  # [P, V], one chunk at a time
-            metric.add_batch(
-                nll=-logq.gather(1, target[:, None])[:, 0].double().cpu().numpy(),
-                exact_nll=-p.gather(1, target[:, None])[:, 0].double().cpu().numpy(),
-                kl=(p.exp() * (p - logq)).sum(-1, dtype=torch.float64).cpu().numpy(),
-                agree=(p.argmax(-1) == logq.argmax(-1)).cpu().numpy(),
+            chunks.append(
+                {
+                    "nll": -logq.gather(1, target[:, None])[:, 0].double(),
+                    "exact_nll": -p.gather(1, target[:, None])[:, 0].double(),
+                    "kl": (p.exp() * (p - logq)).sum(-1, dtype=torch.float64),
+                    "agree": p.argmax(-1) == logq.argmax(-1),
+                }
             )
+        whole.append({name: torch.cat([c[name] for c in chunks]).cpu() for name in chunks[0]})
         tick()
-    return metric.compute()
+    return {name: torch.stack([w[name] for w in whole]).numpy() for name in whole[0]}
 
 
-def rows(result: dict[str, float]) -> Iterator[dict[str, Any]]:
-    """Yield the measured rows of a kv_drift result."""
+def summary(positions: dict[str, np.ndarray]) -> dict[str, float]:
+    """Return what the kv_drift metric says of positions."""
+    metric = evaluate.load(str(METRIC), keep_in_memory=True)
+    return metric.compute(**{name: x.ravel() for name, x in positions.items()})
+
+
+def rows(
+    positions: dict[str, np.ndarray], first: int | None = None, last: int | None = None
+) -> Iterator[dict[str, Any]]:
+    """Yield the measured rows of positions first:last, counted from `skip`; spread over windows."""
+    part = {name: x[:, first:last] for name, x in positions.items()}
+    whole = summary(part)
+    each = [summary({name: x[i] for name, x in part.items()}) for i in range(len(part["kl"]))]
+    note = f"over {whole['positions']} positions; spread over {len(each)} windows"
     for name in ("perplexity", "perplexity_delta", "kl", "top1"):
-        yield measured(name, result[name], note=f"over {result['positions']} positions")
+        yield measured(name, *(one[name] for one in each), value=whole[name], note=note)
+
+
+def buckets(config: Config) -> Iterator[tuple[str, int, int]]:
+    """Yield ranges of positions up to each power of two: a label, first and last from `skip`."""
+    start = config.skip
+    while start < config.window - 1:
+        stop = min(1 << max(start, 1).bit_length(), config.window)
+        yield f"{start}-{stop}", start - config.skip, min(stop, config.window - 1) - config.skip
+        start = stop
+
+
+def exact_perplexity(
+    exact: list[list[torch.Tensor]], windows: torch.Tensor, config: Config
+) -> float:
+    """Return the perplexity that the exact cache's log-probabilities give."""
+    nll = []
+    for window, kept in zip(windows.cpu(), exact, strict=True):
+        targets = window[config.skip + 1 :, None].split([len(logp) for logp in kept])
+        nll += [-p.gather(1, t).double() for p, t in zip(kept, targets, strict=True)]
+    return float(torch.cat(nll).mean().exp())
+
+
+@torch.no_grad()
+def plain_perplexity(model: PreTrainedModel, windows: torch.Tensor, config: Config) -> float:
+    """Return the perplexity of windows [W, N] by the model's own loss, without any cache."""
+    losses = []
+    for window in windows:
+        labels = window[None].clone()
+        labels[:, : config.skip + 1] = -100  # position `skip` predicts token skip + 1
+        losses.append(
+            model(input_ids=window[None], labels=labels, use_cache=False).loss.double().item()
+        )
+    return float(np.exp(np.mean(losses)))

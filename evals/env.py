@@ -26,8 +26,8 @@ PACKAGES = (
 PACKAGES += ("optimum-quanto", "hqq")
 
 
-def describe(model: str, dataset: str, placement: str, seed: int) -> dict[str, Any]:
-    """Return what goes into env.json; `model` and `dataset` are fingerprints."""
+def describe(fingerprints: dict[str, str], placement: str, seed: int) -> dict[str, Any]:
+    """Return what goes into env.json; fingerprints are of the model and the dataset, if any."""
     return {
         "git": git(),
         "versions": {"python": platform.python_version()}
@@ -37,8 +37,8 @@ def describe(model: str, dataset: str, placement: str, seed: int) -> dict[str, A
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "placement": placement,
-        "model": model,
-        "dataset": dataset,
+        "model": fingerprints.get("model"),
+        "dataset": fingerprints.get("dataset"),
         "seed": seed,
     }
 

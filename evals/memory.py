@@ -12,6 +12,7 @@ from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
 from typing import Any
 
 import numpy as np
+import psutil
 import torch
 
 STATUS, CLEAR_REFS = Path("/proc/self/status"), Path("/proc/self/clear_refs")
@@ -56,6 +57,22 @@ def held_bytes(root: Any) -> int:
         total += max(0, end - max(start, reached))
         reached = max(reached, end)
     return total
+
+
+class DishonestBytes(AssertionError):
+    """A cache claims other bytes than it holds."""
+
+
+def checked_bytes(cache: Any) -> int:
+    """Return the bytes a walk finds; raise if the cache says otherwise of itself (transformers'
+    caches say nothing).
+    """
+    held = held_bytes(cache)
+    if hasattr(cache, "nbytes") and (claimed := cache.nbytes()) != held:
+        raise DishonestBytes(
+            f"nbytes() claims {claimed:,} bytes, a walk over the cache's tensors finds {held:,}"
+        )
+    return held
 
 
 def _storage(x: torch.Tensor) -> tuple[int, int]:
@@ -128,3 +145,10 @@ def _trim() -> None:
     """Hand free heap back to the system (glibc only: elsewhere a peak may come out too low)."""
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
         libc.malloc_trim(0)
+
+
+def free_bytes(device: torch.device) -> int:
+    """Return the memory that a cache can still take."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return psutil.virtual_memory().available

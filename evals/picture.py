@@ -14,14 +14,16 @@ FLOOR = 1e-6  # nat: a KL up to here is drawn on the line "exact", since a logar
 AREA = 700  # of the fastest strategy's mark, in points squared
 
 
-def draw(rows: list[Row], caption: str) -> bytes:
-    """Return a PNG with a mark for every strategy that has bytes, KL and decode speed."""
+def draw(rows: list[Row], caption: str) -> bytes | None:
+    """Return a PNG with a mark for every strategy that has bytes, KL and decode speed, if any."""
     figures: dict[str, dict[str, float]] = {}
     for row in rows:
         if row["value"] is not None:
             figures.setdefault(row["strategy"], {})[row["metric"]] = row["value"]
     whole = {name: f for name, f in figures.items() if {"bytes_held", "kl", "decode"} <= f.keys()}
-    fastest = min((f["decode"] for f in whole.values()), default=1.0)
+    if not whole:
+        return None
+    fastest = min(f["decode"] for f in whole.values())
 
     figure = Figure(figsize=(9, 5), dpi=150, layout="constrained")
     axes = figure.subplots()

@@ -1,166 +1,187 @@
-"""The run: load, measure every strategy in turn, write each row as it comes, and report."""
+"""The run: plan, measure what is not measured yet, write each row as it comes, and report."""
 
 from __future__ import annotations
 
-import json
-import re
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
-import evaluate
-import torch
-from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
-from evals import data, drift, env, greedy, model, report, speed, strategies
+from evals import env, report, store, suites
+from evals.bench import Bench
 from evals.schema import failed
+from evals.tables import Table
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
 
     from rich.console import Console
-    from transformers import PreTrainedModel
 
     from evals.config import Config
-    from evals.strategies import Strategy
+    from evals.schema import Row
+    from evals.task import Task
 
 
-@dataclass
-class Bench:
-    """What all strategies are measured on, and what the exact cache, measured first, said."""
+def run(
+    config: Config, out: Path, console: Console, *, again: bool = False, dry: bool = False
+) -> bool:
+    """Measure, write `out/<config hash>/` and show the tables; say whether no row failed.
 
-    model: PreTrainedModel
-    config: Config
-    prompt: torch.Tensor  # [B, T]
-    windows: torch.Tensor  # [W, N]
-    exact: list[list[torch.Tensor]]  # log-probabilities, per window and chunk [P, V]
-    exact_tokens: torch.Tensor  # [B, new_tokens]
-
-    @classmethod
-    def prepare(
-        cls, lm: PreTrainedModel, ids: torch.Tensor, config: Config, tick: Callable[[], None]
-    ) -> Bench:
-        """Cut prompts and windows from the text's start, and have the exact cache read them."""
-        exact = strategies.resolve([])[0]
-        ids = ids.to(lm.device)
-        prompt = ids[: config.batch * config.context].view(config.batch, config.context)
-        windows = ids[: config.windows * config.window].view(config.windows, config.window)
-        kept = drift.exact_predictions(lm, exact, windows, config, tick)
-        said = greedy.tokens(lm, exact, prompt, config.new_tokens)
-        tick()
-        return cls(lm, config, prompt, windows, kept, said)
-
-    def measure(
-        self, strategy: Strategy, tick: Callable[[], None]
-    ) -> Iterator[tuple[str, dict[str, Any]]]:
-        """Yield ("row", measured row) and ("drift", the metric's whole answer) for one strategy."""
-        for row in speed.measure(self.model, strategy, self.prompt, self.config):
-            yield "row", row
-        tick()
-        result = drift.measure(self.model, strategy, self.windows, self.exact, self.config, tick)
-        yield "drift", result
-        for row in drift.rows(result):
-            yield "row", row
-        said = greedy.tokens(self.model, strategy, self.prompt, self.config.new_tokens)
-        yield "row", greedy.agreement(said, self.exact_tokens)
-        tick()
-
-
-def run(config: Config, out: Path, console: Console) -> bool:
-    """Measure, write `out/<config hash>/` and show the table; say whether every strategy came
-    through.
+    Tasks that an earlier run of the same config finished are not measured again; `again` discards
+    them. `dry` only shows the plan.
     """
-    rows = strategies.resolve(config.strategies)  # a wrong name ends the run here, before any work
-    config = replace(config, strategies=tuple(row.name for row in rows))
-    if config.threads:
-        torch.set_num_threads(config.threads)
-    torch.manual_seed(config.seed)
-
-    with console.status("taking the data"):
-        corpus = data.load(config.dataset)
-    if corpus.notice:
-        console.print(corpus.notice, style="yellow", markup=False)
-    with console.status(f"fetching and loading the model {config.model!r}"):
-        lm, tokenizer, fingerprint = model.load(config.model, config.dtype)
-    need = max(config.batch * config.context, config.windows * config.window)
-    ids = corpus.tokens(tokenizer, need)
-
-    # What the default came out as, so that the hash tells WikiText-2 from the embedded text.
-    config = replace(config, dataset=config.dataset or corpus.name)
-    place = env.describe(fingerprint, corpus.fingerprint, model.placement(lm), config.seed)
+    suite = suites.get(config.suite)
+    bench = Bench.prepare(config, suite.NEEDS, console)
+    config = bench.config
+    tasks = list(suite.tasks(bench))
     folder = out / config.key
-    (folder / "drift").mkdir(parents=True, exist_ok=True)
-    write_json(folder / "config.json", asdict(config))
-    write_json(folder / "env.json", place)
-
-    with progress(console) as bar, (folder / "rows.jsonl").open("w", encoding="utf-8") as sink:
-        ticks = config.windows + 1  # for the exact cache; a row has one more, for speed
-        overall = bar.add_task("exact reference", total=ticks + len(rows) * (ticks + 1))
-        bench = Bench.prepare(lm, ids, config, lambda: bar.advance(overall))
-        for number, strategy in enumerate(rows, 1):
-            bar.update(overall, description=f"{number}/{len(rows)} {strategy.name}")
-            for kind, value in guarded(bench.measure(strategy, lambda: bar.advance(overall))):
-                if kind == "drift":
-                    name = re.sub(r"\W+", "-", strategy.name).strip("-")
-                    evaluate.save(
-                        folder / "drift" / f"{name}.json", strategy=strategy.name, **value
-                    )
-                else:
-                    line = (
-                        {"strategy": strategy.name, "spec": strategy.spec}
-                        | value
-                        | provenance(config, place)
-                    )
-                    sink.write(json.dumps(line, allow_nan=False) + "\n")
-                    sink.flush()
-            bar.update(overall, completed=ticks + number * (ticks + 1))
-
+    if dry:
+        plan(bench, tasks, folder, console)
+        return True
+    if again:
+        store.discard(folder)
+    place = env.describe(bench.fingerprints, bench.placement, config.seed)
+    results = store.Results(folder, asdict(config), place)
+    todo = [task for task in tasks if task.key not in results.finished]
+    if not todo:
+        console.print(f"complete, nothing to measure; --again measures anew: {folder}")
+        return report.render(folder, console)
+    if len(todo) < len(tasks):
+        console.print(f"{len(tasks) - len(todo)} of {len(tasks)} tasks are finished: {folder}")
+    for table in suite.forecast(bench) if hasattr(suite, "forecast") else []:
+        report.show(table, console)
+    try:
+        measure(bench, todo, results, provenance(config, place), console)
+    except KeyboardInterrupt:
+        report.render(folder, console)
+        console.print(f"interrupted: the same command goes on where this stopped ({folder})")
+        raise
     return report.render(folder, console)
 
 
-def guarded(
-    measuring: Iterator[tuple[str, dict[str, Any]]],
-) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Pass measurements on; if measuring raises, that is the strategy's last row.
+def measure(
+    bench: Bench,
+    tasks: list[Task],
+    results: store.Results,
+    source: dict[str, Any],
+    console: Console,
+) -> None:
+    """Measure tasks one after another; each row is on disk before the next is measured."""
+    bench.save = results.save
+    with progress(console) as bar:
+        whole = bar.add_task(f"0 of {len(tasks)}", total=sum(task.seconds for task in tasks))
+        for number, task in enumerate(tasks, 1):
+            bar.update(whole, description=f"{number} of {len(tasks)} tasks")
+            part, before = bar.add_task(task.title, total=task.seconds), bar.tasks[0].completed
+            bench.tick = ticker(bar, [whole, part], task.seconds / task.steps)
+            for row, last in ended(guarded(task)):
+                results.append(line(row, task, last, source))
+            bar.update(whole, completed=before + task.seconds)
+            bar.remove_task(part)
 
-    Only what happens inside the measurement is caught: an error of whoever writes the rows ends the
+
+def ticker(bar: Progress, bars: list[Any], seconds: float) -> Callable[[], None]:
+    """Return what moves some bars by one step."""
+
+    def tick() -> None:
+        for one in bars:
+            bar.advance(one, seconds)
+
+    return tick
+
+
+def guarded(task: Task) -> Iterator[dict[str, Any]]:
+    """Pass a task's rows on; if measuring raises, or gives nothing, that is its last row.
+
+    Only what happens inside the measurement is caught: a result that cannot be written ends the
     run.
     """
+    rows, empty = task.rows(), True
     while True:
         try:
-            item = next(measuring)
+            row = next(rows)
         except StopIteration:
+            if empty:
+                yield failed(RuntimeError("the task measured nothing"))
             return
+        except store.WriteFailed:
+            raise
         except Exception as error:  # the table shows it, and the exit code
-            yield "row", failed(error)
+            yield failed(error)
             return
-        yield item
+        empty = False
+        yield row
+
+
+def ended(rows: Iterator[dict[str, Any]]) -> Iterator[tuple[dict[str, Any], bool]]:
+    """Yield each row, and whether it is the last."""
+    previous = next(rows)
+    for row in rows:
+        yield previous, False
+        previous = row
+    yield previous, True
+
+
+def line(row: dict[str, Any], task: Task, last: bool, source: dict[str, Any]) -> Row:
+    """Return a measured row with all that says where it is from."""
+    whose = {"strategy": task.strategy.name, "spec": task.strategy.spec}
+    now = datetime.now(UTC).isoformat(timespec="seconds")
+    return {"task": task.key, "done": last} | whose | source | row | {"time": now}
 
 
 def provenance(config: Config, place: dict[str, Any]) -> dict[str, Any]:
-    """Return the part of a row that says where its figure is from."""
+    """Return the part of a row that is the same in all of a run, unless the row says otherwise."""
     versions = {name: place["versions"][name] for name in ("kvplug", "torch", "transformers")}
     here = {name: place[name] for name in ("git", "model", "dataset", "hardware", "threads")}
-    asked = {name: getattr(config, name) for name in ("dtype", "batch", "context")}
     return {
+        "suite": config.suite,
         "run": config.key,
         **versions,
         **here,
-        **asked,
-        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+        "dtype": config.dtype,
+        "batch": config.batch[0],
+        "context": config.context[0],
+        "case": None,
     }
 
 
-def write_json(path: Path, value: dict[str, Any]) -> None:
-    """Write strict JSON that a person can read."""
-    path.write_text(json.dumps(value, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+def plan(bench: Bench, tasks: list[Task], folder: Path, console: Console) -> None:
+    """Show what would be measured, and what that takes."""
+    body = [
+        [task.key, task.title, f"{task.seconds:.0f}", f"{task.nbytes / 1e6:.0f}"] for task in tasks
+    ]
+    total = sum(task.seconds for task in tasks)
+    peak = max(task.nbytes for task in tasks)
+    said = (
+        f"{len(tasks)} tasks, about {total / 60:.1f} minutes and {peak / 1e9:.2f} GB on top of the "
+        f"model; rough: a slow strategy takes several times as long. Would write {folder}."
+    )
+    report.show(Table("plan", ["task", "measures", "s", "MB"], body, [said]), console)
+    suite = suites.get(bench.config.suite)
+    for table in suite.forecast(bench) if hasattr(suite, "forecast") else []:
+        report.show(table, console)
 
 
 @contextmanager
 def progress(console: Console) -> Iterator[Progress]:
-    """Show a bar with the strategy at work and the time gone."""
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+    """Show bars for the run and the task at work, with the time gone and left."""
+    columns = (
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    )
     with Progress(*columns, console=console) as bar:
         yield bar

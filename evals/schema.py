@@ -5,13 +5,16 @@ without reshaping.
 from __future__ import annotations
 
 import math
-from typing import Any, Literal, NamedTuple, TypedDict
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypedDict
 
 import numpy as np
 
+if TYPE_CHECKING:
+    from evals.strategies import Strategy
+
 
 class Metric(NamedTuple):
-    """What is measured, in which unit, which way is better, and over what the spread is."""
+    """What is measured, in which unit, and which way is better."""
 
     unit: str
     better: Literal["lower", "higher", "zero"]
@@ -21,11 +24,26 @@ class Metric(NamedTuple):
 METRICS = {
     "prefill": Metric("s", "lower", "the whole prompt in one forward, after a short warm-up"),
     "decode": Metric(
-        "ms/token", "lower", "one greedy step; median, p20 and p80 over the timed steps"
+        "ms/token", "lower", "one greedy step of the whole batch; median over the timed steps"
+    ),
+    "throughput": Metric("tokens/s", "higher", "tokens decoded per second over the whole batch"),
+    "speedup": Metric("x", "higher", "times as fast as the reference, in the same loop"),
+    "floor": Metric(
+        "ms/token", "lower", "predicted: step without context, plus stored K/V over bandwidth"
+    ),
+    "floor_share": Metric("%", "higher", "the floor in percent of what was measured"),
+    "attention": Metric(
+        "us/call", "lower", "attention alone, one query token per row of the batch"
+    ),
+    "attention_error": Metric(
+        "1", "lower", "relative root mean square difference to exact attention, random K/V"
     ),
     "bytes_held": Metric(
-        "B", "lower", "every tensor reachable from the cache after decoding, shared storage once"
+        "B", "lower", "every tensor reachable from the cache, shared storage once"
     ),
+    "bytes_per_token": Metric("B/token", "lower", "bytes held by tokens of all rows"),
+    "bytes_estimated": Metric("B", "lower", "what kvplug.estimate says without weights"),
+    "estimate_error": Metric("%", "zero", "the estimate against the bytes held"),
     "peak_prefill": Metric(
         "B", "lower", "most memory during prefill, above what was there before the cache"
     ),
@@ -51,6 +69,9 @@ METRICS = {
 class Row(TypedDict):
     """One line of rows.jsonl."""
 
+    suite: str  # a file of evals/suites
+    task: str  # what was measured together
+    done: bool  # whether this is the task's last row
     strategy: str  # the row's name, as accepted by --strategies
     spec: str  # the strategy with every default written out; for a rival, its builder
     status: Literal["ok", "failed"]
@@ -58,11 +79,10 @@ class Row(TypedDict):
     metric: str | None  # a key of METRICS
     unit: str | None  # METRICS[metric].unit
     better: str | None  # METRICS[metric].better
-    value: (
-        float | None
-    )  # the median where n > 1; null where it cannot be measured, and `note` says why
+    value: float | None  # null where it cannot be measured, and `note` says why
     p20: float | None  # 20th percentile of the n samples
     p80: float | None  # 80th percentile
+    p99: float | None  # 99th percentile
     n: int  # samples
     note: str | None  # how it was measured, where that differs between machines
     stats: dict[str, Any] | None  # the cache's own account: kernels that ran, dense views made
@@ -78,20 +98,26 @@ class Row(TypedDict):
     threads: int
     batch: int
     context: int
+    case: str | None  # what else tells rows apart: a bucket of positions, the shape of a kernel
     time: str  # UTC, ISO 8601, when the row was written
 
 
 def measured(
-    metric: str, *samples: float, note: str | None = None, stats: dict | None = None
+    metric: str,
+    *samples: float,
+    value: float | None = None,
+    note: str | None = None,
+    stats: dict | None = None,
 ) -> dict[str, Any]:
-    """Return the measured part of a row. No sample: the figure cannot be had here, and `note` says
-    why.
+    """Return the measured part of a row.
+
+    The value is the samples' median, or `value` where samples only give its spread. No sample: the
+    figure cannot be had here, and `note` says why.
     """
     if not all(math.isfinite(sample) for sample in samples):
         raise FloatingPointError(f"{metric} is not finite: {samples}")
-    p20, value, p80 = (
-        np.percentile(samples, [20, 50, 80]).tolist() if samples else (None, None, None)
-    )
+    marks = np.percentile(samples, [20, 50, 80, 99]).tolist() if samples else [None] * 4
+    p20, median, p80, p99 = marks
     what = METRICS[metric]
     return {
         "status": "ok",
@@ -99,9 +125,10 @@ def measured(
         "metric": metric,
         "unit": what.unit,
         "better": what.better,
-        "value": value,
+        "value": median if value is None else value,
         "p20": p20,
         "p80": p80,
+        "p99": p99,
         "n": len(samples),
         "note": note,
         "stats": stats,
@@ -110,5 +137,15 @@ def measured(
 
 def failed(error: Exception) -> dict[str, Any]:
     """Return the measured part of a row that could not be measured."""
-    blank = dict.fromkeys(("metric", "unit", "better", "value", "p20", "p80", "note", "stats"))
-    return blank | {"status": "failed", "error": f"{type(error).__name__}: {error}", "n": 0}
+    empty = ("metric", "unit", "better", "value", "p20", "p80", "p99", "note", "stats")
+    return dict.fromkeys(empty) | {
+        "status": "failed",
+        "error": f"{type(error).__name__}: {error}",
+        "n": 0,
+    }
+
+
+def at(row: dict[str, Any], strategy: Strategy | None = None, **place: Any) -> dict[str, Any]:
+    """Return a measured row with its own strategy, batch, context or case."""
+    own = {"strategy": strategy.name, "spec": strategy.spec} if strategy else {}
+    return row | own | place

@@ -2,30 +2,31 @@
 
 from __future__ import annotations
 
-import time
 from typing import TYPE_CHECKING, Any
 
-import torch
-
-from evals.memory import Peak, held_bytes
+from evals.clock import step
+from evals.memory import Peak, checked_bytes
 from evals.schema import measured
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from transformers import Cache, PreTrainedModel
+    import torch
+    from transformers import PreTrainedModel
 
     from evals.config import Config
     from evals.strategies import Strategy
 
-WARMUP_TOKENS = 8
+WARMUP_TOKENS = 400  # several blocks of any codec: kernels that read blocks must have run
 
 
-class DishonestBytes(AssertionError):
-    """A cache claims other bytes than it holds."""
+def warm_up(model: PreTrainedModel, strategy: Strategy, prompt: torch.Tensor) -> None:
+    """Have a cache of its own take in a part of prompt [B, T], and decode: compiles kernels."""
+    cache = strategy.build(model.config, prompt.shape[1] + 1)
+    for tokens in (prompt[:, :WARMUP_TOKENS], prompt[:, :1]):
+        step(model, cache, tokens)
 
 
-@torch.no_grad()
 def measure(
     model: PreTrainedModel, strategy: Strategy, prompt: torch.Tensor, config: Config
 ) -> Iterator[dict[str, Any]]:
@@ -35,14 +36,7 @@ def measure(
     the device. Peaks come from the same passes, and are read outside the timed parts.
     """
     limit = prompt.shape[1] + config.warmup + config.decode_steps
-    warm = strategy.build(model.config, limit)
-    for tokens in (
-        prompt[:, :WARMUP_TOKENS],
-        prompt[:, :1],
-    ):  # compiles kernels, allocates workspaces
-        step(model, warm, tokens)
-    del warm
-
+    warm_up(model, strategy, prompt)
     peak = Peak(model.device)
     cache = strategy.build(model.config, limit)
     token, seconds = step(model, cache, prompt)
@@ -60,30 +54,3 @@ def measure(
     for name, top in peaks.items():
         yield measured(name, *([] if top is None else [top]), note=peak.how, stats=stats)
     yield measured("bytes_held", checked_bytes(cache), stats=stats)
-
-
-def step(model: PreTrainedModel, cache: Cache, tokens: torch.Tensor) -> tuple[torch.Tensor, float]:
-    """Feed tokens [B, S]; return the most likely next one [B, 1] and the seconds it took."""
-    _wait(model.device)
-    start = time.perf_counter()
-    out = model(input_ids=tokens, past_key_values=cache, use_cache=True, logits_to_keep=1)
-    token = out.logits[:, -1].argmax(-1, keepdim=True)
-    _wait(model.device)
-    return token, time.perf_counter() - start
-
-
-def checked_bytes(cache: Cache) -> int:
-    """Return the bytes a walk finds; raise if the cache says otherwise of itself (transformers'
-    caches say nothing).
-    """
-    held = held_bytes(cache)
-    if hasattr(cache, "nbytes") and (claimed := cache.nbytes()) != held:
-        raise DishonestBytes(
-            f"nbytes() claims {claimed:,} bytes, a walk over the cache's tensors finds {held:,}"
-        )
-    return held
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import kvplug
 from evals import rivals
 from evals.config import ConfigError
+from evals.suites import EXACT
 from kvplug.errors import unknown
 from kvplug.spec import parse
 
@@ -17,7 +18,6 @@ if TYPE_CHECKING:
 
     from transformers import Cache, PreTrainedConfig
 
-EXACT = "transformers:dynamic"
 # Names that both libraries have: which one a bare name means here.
 BARE = {"dynamic": EXACT, "static": "kvplug:static", "quantized": "kvplug:quantized"}
 
@@ -58,6 +58,15 @@ class Rival(Strategy):
     def generate_arguments(self, config: PreTrainedConfig, max_cache_len: int) -> dict[str, Any]:
         """Return what selects this cache in `generate`: an object, since it has no name there."""
         return {"past_key_values": self.build(config, max_cache_len)}
+
+
+def file_name(name: str) -> str:
+    """Return a strategy's name as a file may be called, unlike any other's.
+
+    >>> file_name("sinks(sinks=4, window=60)+int8")
+    'sinks(sinks=4,window=60)+int8'
+    """
+    return name.replace(" ", "").replace(":", "-").replace("/", "-")
 
 
 def resolve(names: Iterable[str]) -> list[Strategy]:

@@ -50,13 +50,14 @@ class Buffer:
         if self.end + n > self.capacity:
             self._make_room(n, rows)
         for name, x in rows.items():
-            self.tensors[name][:, :, self.end : self.end + n] = x
+            self.tensors[name].narrow(2, self.end, n).copy_(x)
         self.end += n
 
     def read(self, begin: int = 0, end: int | None = None) -> dict[str, Tensor]:
         """Rows begin:end of those in use, without copying."""
         stop = self.end if end is None else self.start + end
-        return {name: x[:, :, self.start + begin : stop] for name, x in self.tensors.items()}
+        first = self.start + begin
+        return {name: x.narrow(2, first, stop - first) for name, x in self.tensors.items()}
 
     def drop_first(self, n: int) -> None:
         """Forget the first n rows, and give memory back where more is idle than growth leaves."""

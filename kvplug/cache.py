@@ -45,10 +45,7 @@ class Cache(transformers.Cache):
 
     def stats(self) -> dict:
         """What ran: calls per kernel, dense copies by cause, blocks encoded; and the full spec."""
-        return {
-            "strategy": repr(self.strategy),
-            "resolved_kernel": self.strategy.kernel.resolve().name,
-        } | self._stats.as_dict()
+        return {"strategy": repr(self.strategy)} | self._stats.as_dict()
 
     def set_padding(self, attention_mask: Tensor | None) -> None:
         """Tell which tokens are left padding: attention_mask [B, T], 0 for padding.

@@ -1,4 +1,4 @@
-"""`kvplug list` and `kvplug estimate`."""
+"""`kvplug list`, `kvplug estimate` and `kvplug warmup`."""
 
 from __future__ import annotations
 
@@ -32,15 +32,17 @@ def main(argv: list[str] | None = None) -> int:
     sizes.add_argument(
         "--dtype", default=None, help="of keys and values, e.g. bfloat16 (default: the config's)"
     )
+    commands.add_parser("warmup", help="compile the CPU kernel now, once per machine")
     args = parser.parse_args(argv)
+    run = {"list": _list, "estimate": _estimate, "warmup": _warmup}[args.command]
     try:
-        return _list() if args.command == "list" else _estimate(args)
+        return run(args)
     except (KvplugError, OSError) as e:
         print(f"kvplug: {e}", file=sys.stderr)
         return 2
 
 
-def _list() -> int:
+def _list(args: argparse.Namespace) -> int:
     from .registry import available
     from .spec import DEFAULTS, PRESETS
 
@@ -71,6 +73,14 @@ def _estimate(args: argparse.Namespace) -> int:
     for spec in args.strategies or STRATEGIES:
         size = estimate(spec, config, context=args.context, batch=args.batch, dtype=dtype)
         print(f"{spec:<40} {size:>16,} {size / 2**20:>10.1f} {size / full:>8.2f}x")
+    return 0
+
+
+def _warmup(args: argparse.Namespace) -> int:
+    from .registry import find
+
+    find("numba")().warmup()
+    print("the CPU kernel is compiled and kept on disk")
     return 0
 
 

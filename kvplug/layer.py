@@ -55,7 +55,6 @@ class Layer(RowOperations, CacheLayerMixin):
         is_sliding: bool = False,
     ) -> None:
         self.strategy, self.place, self.stats, self.is_sliding = strategy, place, stats, is_sliding
-        self.kernel = strategy.kernel.resolve()
         self.blocked = strategy.codec.name != "exact" or strategy.placement.name != "device"
         self.pins = Pins(strategy.retention.first, rotation) if strategy.retention.first else None
         self.padding: Tensor | None = None  # [B] leading padding tokens of each row
@@ -76,6 +75,7 @@ class Layer(RowOperations, CacheLayerMixin):
         """Learn dtype and device from tokens [B, H, S, D]; reserve what a static layout asks."""
         self.dtype, self.device = key_states.dtype, key_states.device
         retention, codec = self.strategy.retention, self.strategy.codec
+        self.kernel = self.strategy.kernel.resolve(codec, self.device, self.dtype)
         room = self.strategy.layout.limit or 0  # columns reserved ahead
         if retention.newest is not None:
             room = min(room, retention.first + retention.newest + codec.block)
@@ -123,7 +123,7 @@ class Layer(RowOperations, CacheLayerMixin):
         self.tail.append({"k": key_states, "v": value_states})
         self.seen += S
         self._since_eviction += S
-        visible = self._visible(first)
+        visible = self._visible(first, S)
         if not self.record_past:
             self._settle()
         return visible
@@ -254,7 +254,7 @@ class Layer(RowOperations, CacheLayerMixin):
         """Whether pins stand at the columns `first` and on."""
         return self.pins is not None and first > 0
 
-    def _visible(self, first: int) -> tuple[Tensor, Tensor]:
+    def _visible(self, first: int, S: int) -> tuple[Tensor, Tensor]:
         """Keys and values from column `first` on, pins in their place."""
         head, start = None, first
         if self._pinned(first):
@@ -265,7 +265,7 @@ class Layer(RowOperations, CacheLayerMixin):
                 head = self.pins.at(first, self.padding, lambda: self._read(first, start))
         blocks, skip = self._blocks_from(start)
         tail = self.tail.read(max(0, start - self._tail_start()))
-        if head is None and not blocks:
+        if head is None and not blocks and not (S <= 8 and self.kernel.name == "numba"):
             return tail["k"], tail["v"]
         stored = Stored(self.strategy.codec, head, blocks, skip, (tail["k"], tail["v"]))
         return views(stored, self.kernel, self.stats)
@@ -285,9 +285,11 @@ class Layer(RowOperations, CacheLayerMixin):
         if column >= self._tail_start():
             return {}, 0
         n, skip = divmod(column - self._first_stored(), self.strategy.codec.block)
-        blocks, self._fetched = self._fetched or self.blocks.read(), None
-        wanted = {name: x[:, :, n:] for name, x in blocks.items()}
-        return self.place.fetch(wanted, self.device), skip
+        if self._fetched is None:
+            blocks = self.blocks.read(n)
+        else:
+            blocks, self._fetched = {k: x[:, :, n:] for k, x in self._fetched.items()}, None
+        return self.place.fetch(blocks, self.device), skip
 
     # --- encoding, dropping, taking back
 

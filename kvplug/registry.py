@@ -12,7 +12,7 @@ from .stage import Stage
 KINDS = ("retention", "layout", "codec", "placement", "kernel")
 
 # module that an optional stage imports -> extra of kvplug that installs it
-EXTRAS: dict[str, str] = {}
+EXTRAS: dict[str, str] = {"numba": "numba", "llvmlite": "numba", "triton": "triton"}
 
 
 class Registry:
@@ -129,7 +129,12 @@ REGISTRIES: dict[str, Registry] = {
     "kernel": Registry(
         "kernel",
         "kvplug.kernels",
-        {"auto": "kvplug.kernels.auto:Auto", "reference": "kvplug.kernels.reference:Reference"},
+        {
+            "auto": "kvplug.kernels.auto:Auto",
+            "reference": "kvplug.kernels.reference:Reference",
+            "numba": "kvplug.kernels.cpu:Numba",
+            "triton": "kvplug.kernels.cuda:Triton",
+        },
     ),
 }
 

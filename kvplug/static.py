@@ -127,7 +127,6 @@ class StaticCodedLayer(StaticLayer):
     def __init__(self, strategy: Strategy, stats: Stats) -> None:
         # not super().__init__: it would assign keys and values, which are decoded on demand here
         self.strategy, self.stats, self.max_cache_len = strategy, stats, strategy.layout.limit
-        self.kernel = strategy.kernel.resolve()
         self.cumulative_length = torch.tensor(0)
         self.is_initialized = False
 
@@ -226,7 +225,8 @@ class StaticCodedLayer(StaticLayer):
             tail[:, :, : rest.shape[2]] = rest
         if not (stored.blocks and stored.block_count) and not stored.empty:
             return rows[0], rows[1]
-        return views(stored, self.kernel, self.stats)
+        kernel = self.strategy.kernel.resolve(codec, self.device, self.dtype)
+        return views(stored, kernel, self.stats)
 
     def _compiled_step(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         codec, R = self.strategy.codec, self.tail[0].shape[2]

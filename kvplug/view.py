@@ -141,8 +141,26 @@ def _attend(
         or query.shape[1] % key._stored.tail[0].shape[1]
     ):
         return None
-    key._stats.kernels[key._kernel.name] += 1
-    return key._kernel.attend(query, key._stored, attn_mask, scale, is_causal)[0]
+    kernel, arguments = key._kernel, (query, key._stored, attn_mask, scale, is_causal)
+    key._stats.kernels[kernel.name] += 1
+    if query.requires_grad and torch.is_grad_enabled() and not kernel.differentiable:
+        return ForwardOnly.apply(kernel, *arguments)
+    return kernel.attend(*arguments)[0]
+
+
+class ForwardOnly(torch.autograd.Function):
+    """A kernel's output in a graph that autograd records: right, until its gradient is wanted."""
+
+    @staticmethod
+    def forward(ctx: Any, kernel: Kernel, *arguments: Any) -> Tensor:
+        ctx.name = kernel.name
+        return kernel.attend(*arguments)[0]
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> None:
+        raise RuntimeError(
+            f"kernel {ctx.name!r} has no gradient; choose 'reference', as in 'int4+reference'"
+        )
 
 
 def _getitem(view: View, index: Any) -> View | None:

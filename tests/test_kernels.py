@@ -1,35 +1,36 @@
 """Every kernel that runs here computes what three loops do."""
 
+import dataclasses
 import math
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import naive
+import numba
 import pytest
 import torch
 
 import kvplug
+from kvplug import registry
+from kvplug.codecs.base import Codec
+from kvplug.codecs.exact import Exact
+from kvplug.kernels import auto
 from kvplug.kernels.base import Kernel
-from kvplug.registry import REGISTRIES
-from kvplug.testing import KernelConformance
+from kvplug.kernels.cpu import Numba
+from kvplug.kernels.reference import Reference
+from kvplug.testing import KernelConformance, tiny_llama
 from kvplug.testing.kernel import dense_of, random_stored
-from kvplug.testing.tools import normal
+from kvplug.testing.tools import normal, prompt
 
-
-def kernels():
-    """Every registered kernel that resolves on this machine, `auto` as what it resolves to."""
-    for name in REGISTRIES["kernel"].names():
-        try:
-            yield name, REGISTRIES["kernel"].get(name)().resolve()
-        except ImportError:
-            continue
-
-
-KERNELS = dict(kernels())
+KERNELS = {"reference": Reference(), "numba": Numba()}
 
 
 class TestKernels(KernelConformance):
-    @pytest.fixture(params=sorted({k.name for k in KERNELS.values()}))
+    @pytest.fixture(params=sorted(KERNELS))
     def kernel(self, request):
-        return next(k for k in KERNELS.values() if k.name == request.param)
+        return KERNELS[request.param]
 
 
 @pytest.mark.parametrize("name", sorted(KERNELS))
@@ -76,7 +77,172 @@ def test_the_suite_sees_a_wrong_kernel():
         KernelConformance().check(Wrong(), normal(1, 4, 2, 16, seed=1), stored, is_causal=True)
 
 
-def test_auto_resolves_to_a_kernel_that_runs():
-    resolved = kvplug.parse("int8").kernel.resolve()
-    assert resolved.name != "auto"
-    assert resolved.resolve() is resolved
+# --- which kernel runs
+
+
+@dataclasses.dataclass(frozen=True)
+class Other(Codec):
+    """A codec that no compiled kernel knows."""
+
+    name = "other"
+    block: int = 8
+    tail: int = 0
+
+
+def resolved(spec, device="cpu", dtype=torch.float32):
+    strategy = kvplug.parse(spec)
+    return strategy.kernel.resolve(strategy.codec, torch.device(device), dtype).name
+
+
+@pytest.fixture
+def choose_again():
+    auto._choose.cache_clear()
+    yield
+    auto._choose.cache_clear()
+
+
+@pytest.mark.parametrize("spec", ["int8", "int4(block=8)", "int2(k_bits=8)", "host"])
+def test_auto_takes_the_compiled_kernel(spec):
+    assert resolved(spec) == "numba"
+
+
+def test_auto_says_once_why_it_takes_plain_torch(caplog, monkeypatch, choose_again):
+    def missing(name):
+        raise kvplug.MissingExtra("pip install 'kvplug[numba]'")
+
+    monkeypatch.setattr(registry, "find", missing)
+    for _ in range(3):
+        assert auto.Auto().resolve(Exact(), torch.device("cpu"), torch.float32) == Reference()
+    (record,) = caplog.records
+    assert "pip install 'kvplug[numba]'" in record.getMessage()
+
+
+def test_auto_leaves_unknown_codecs_and_dtypes_to_plain_torch(caplog, choose_again):
+    for codec, dtype in ((Other(), torch.float32), (Exact(), torch.float64)):
+        assert auto.Auto().resolve(codec, torch.device("cpu"), dtype) == Reference()
+    assert [r.levelname for r in caplog.records] == ["WARNING", "WARNING"]
+
+
+def test_a_named_kernel_runs_or_raises():
+    assert resolved("int8+numba") == "numba"
+    assert resolved("int8+reference") == "reference"
+    with pytest.raises(kvplug.SpecError, match="runs on the CPU, not on 'cuda'"):
+        resolved("int8+numba", device="cuda")
+    with pytest.raises(kvplug.SpecError, match=r"not torch\.float64"):
+        resolved("int8+numba", dtype=torch.float64)
+    with pytest.raises(kvplug.SpecError, match=r"'numba' reads exact, int8, int4 and int2, not "):
+        kvplug.parse("int8").replace(codec=Other(), kernel=Numba())
+
+
+@pytest.mark.parametrize("spec", ["int8", "int4", "host"])
+def test_decoding_runs_the_compiled_kernel(spec):
+    """In `generate`, and nothing else."""
+    model, cache = tiny_llama(), kvplug.build(spec, tiny_llama().config)
+    model.generate(prompt(200), past_key_values=cache, max_new_tokens=5, do_sample=False)
+    assert cache.stats()["kernels"] == {"numba": 4 * model.config.num_hidden_layers}
+    assert cache.stats()["materialised"] == {}
+
+
+# --- the compiled CPU kernel
+
+
+def test_threads_follow_torch():
+    """One thread or many: the same answer, and Numba's own setting is left alone."""
+    stored = random_stored(kvplug.parse("int4").codec, H=3, N=5, R=7, skip=9)
+    query, before, answers = normal(1, 9, 1, 16, seed=1), torch.get_num_threads(), []
+    try:
+        for n in (1, 2):
+            torch.set_num_threads(n)
+            numba.set_num_threads(1)
+            answers.append(Numba().attend(query, stored, None, None, False)[0])
+            assert numba.get_num_threads() == 1
+    finally:
+        torch.set_num_threads(before)
+        numba.set_num_threads(numba.config.NUMBA_NUM_THREADS)
+    torch.testing.assert_close(*answers, atol=1e-6, rtol=1e-6)
+
+
+def test_two_python_threads_at_once():
+    stored = random_stored(kvplug.parse("int8").codec, N=9, R=3)
+    query = normal(1, 4, 1, 16, seed=1)
+    alone = Numba().attend(query, stored, None, None, False)[0]
+    with ThreadPoolExecutor(4) as pool:
+        calls = [pool.submit(Numba().attend, query, stored, None, None, False) for _ in range(64)]
+    assert all(torch.equal(call.result()[0], alone) for call in calls)
+
+
+def test_memory_laid_out_otherwise():
+    """Transposed queries and masks, blocks and tail that are slices of larger buffers."""
+    codec = kvplug.parse("int4(block=8, group=8)").codec
+    stored = random_stored(codec, B=2, N=3, R=5)
+    room = {name: torch.cat((x, x, x), 2) for name, x in stored.blocks.items()}
+    tail = [torch.cat((x, x), 2)[:, :, 5:] for x in stored.tail]
+    sliced = dataclasses.replace(
+        stored, blocks={name: x[:, :, 3:6] for name, x in room.items()}, tail=tuple(tail)
+    )
+    query = normal(2, 16, 2, 4, seed=1).permute(0, 3, 2, 1)  # [2, 4, 2, 16]
+    mask = (torch.rand(2, 1, stored.length, 2) < 0.7).transpose(2, 3)
+    for m in (mask, torch.zeros(mask.shape).masked_fill(~mask, -torch.inf), mask[..., :1]):
+        a = Reference().attend(query, stored, m, None, False)
+        b = Numba().attend(query, sliced, m, None, False)
+        for x, y in zip(a, b, strict=True):
+            torch.testing.assert_close(x, y, atol=1e-5, rtol=1e-5)
+
+
+def test_large_batch_and_many_rows():
+    codec = kvplug.parse("int8").codec
+    stored = random_stored(codec, B=64, H=2, N=2, R=70, Dk=32, Dv=32)
+    query = normal(64, 6, 21, 32, seed=1)  # 63 rows a head: two tiles of rows, the last one odd
+    a, b = (k.attend(query, stored, None, None, False)[0] for k in (Reference(), Numba()))
+    torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_what_is_not_a_number_is_not_hidden(bad):
+    stored = random_stored(kvplug.parse("int8(block=8)").codec)
+    stored.tail[0][:, :, 2, 3] = bad
+    query = normal(1, 4, 1, 16, seed=1)
+    outs = [k.attend(query, stored, None, None, False)[0] for k in (Reference(), Numba())]
+    assert torch.equal(outs[0].isnan(), outs[1].isnan())
+    assert outs[1].isnan().any()
+
+
+def test_a_gradient_is_refused_not_left_out():
+    """Without `no_grad` the output is right; only `backward` says that there is no gradient."""
+    model, cache = tiny_llama(), kvplug.build("int8", tiny_llama().config)
+    model(prompt(100), past_key_values=cache)
+    logits = model(prompt(1), past_key_values=cache).logits
+    with pytest.raises(RuntimeError, match="'numba' has no gradient; choose 'reference'"):
+        logits.sum().backward()
+    cache = kvplug.build("int8+reference", model.config)
+    model(prompt(100), past_key_values=cache)
+    model(prompt(1), past_key_values=cache).logits.sum().backward()
+    assert model.model.layers[0].self_attn.q_proj.weight.grad.any()
+
+
+def test_as_plain_python():
+    """The same code uncompiled: what a debugger steps through, and a check on the compiler."""
+    run([sys.executable, "-m", "pytest", "-q", __file__, "-k", PLAIN], NUMBA_DISABLE_JIT="1")
+
+
+PLAIN = "numba and (three_loops or borders or nothing or large_scores or merge) or otherwise"
+
+
+def test_warmup_compiles_once_for_good(tmp_path):
+    """Said while it happens; the next process finds it on disk."""
+    command = [sys.executable, "-m", "kvplug", "warmup"]
+    first = run(command, NUMBA_CACHE_DIR=str(tmp_path))
+    assert "compiling the CPU kernel" in first.stderr
+    files = {f: f.stat().st_mtime_ns for f in tmp_path.rglob("*.nbc")}
+    assert files
+    second = run(command, NUMBA_CACHE_DIR=str(tmp_path))
+    assert "compiling" not in second.stderr
+    assert {f: f.stat().st_mtime_ns for f in tmp_path.rglob("*.nbc")} == files
+
+
+def run(command, **env):
+    done = subprocess.run(
+        command, env=os.environ | env, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done

@@ -5,11 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
+from ..errors import SpecError
 from ..stage import Stage
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
+    from ..codecs.base import Codec
+    from ..spec import Strategy
     from ..stored import Stored
 
 
@@ -18,6 +22,7 @@ class Kernel(Stage):
     """Softmax attention over pinned tokens, encoded blocks and tail, without a dense copy."""
 
     kind: ClassVar[str] = "kernel"
+    differentiable: ClassVar[bool] = False  # else `backward` through the output raises
 
     def attend(
         self,
@@ -43,6 +48,27 @@ class Kernel(Stage):
         """
         raise NotImplementedError
 
-    def resolve(self) -> Kernel:
-        """The kernel that runs: itself; `auto` chooses."""
+    def refuses(
+        self,
+        codec: Codec,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> str | None:
+        """Why it cannot serve such blocks, device or dtype of a model, or None.
+
+        Without device and dtype: why it can serve none.
+        """
+        return None
+
+    def resolve(self, codec: Codec, device: torch.device, dtype: torch.dtype) -> Kernel:
+        """The kernel that runs: itself, or a SpecError with the reason; `auto` chooses."""
+        if reason := self.refuses(codec, device, dtype):
+            raise SpecError(f"kernel {self.name!r} {reason}; 'auto' takes one that does")
         return self
+
+    def warmup(self) -> None:
+        """Compile ahead of the first call, where there is something to compile."""
+
+    def conflict(self, strategy: Strategy) -> str | None:
+        reason = self.refuses(strategy.codec)
+        return f"kernel {self.name!r} {reason}" if reason else None

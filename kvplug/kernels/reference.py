@@ -22,6 +22,7 @@ class Reference(Kernel):
     """Plain torch: online softmax (arXiv:1805.02867) over one decoded block at a time."""
 
     name: ClassVar[str] = "reference"
+    differentiable: ClassVar[bool] = True
 
     def attend(
         self,
@@ -37,6 +38,8 @@ class Reference(Kernel):
         q = (query.float() * (D**-0.5 if scale is None else scale)).reshape(B, H, G * S, D)
         if is_causal:
             mask = torch.ones(S, T, dtype=torch.bool, device=query.device).tril()
+        if mask is not None:
+            mask = mask.expand(*mask.shape[:-1], T)
         highest = q.new_full((B, H, G * S, 1), -torch.inf)  # running maximum of the scores
         total = q.new_zeros(B, H, G * S, 1)  # running sum of exp(score - highest)
         out = q.new_zeros(B, H, G * S, stored.tail[1].shape[-1])
@@ -58,7 +61,7 @@ class Reference(Kernel):
             total = total * keep + weights.sum(-1, keepdim=True)
             out = out * keep + weights @ values.float()
             highest = new
-        out = torch.where(total > 0, out / total, 0.0).view(B, Q, S, -1)
+        out = torch.where(total == 0, 0.0, out / total).view(B, Q, S, -1)  # NaN stays
         return out.to(query.dtype), (highest + total.log()).view(B, Q, S)
 
 

@@ -18,6 +18,9 @@ class OnDevice(Place):
     ) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device=device)
 
+    def fetch(self, data: dict[str, torch.Tensor], device: torch.device) -> dict[str, torch.Tensor]:
+        return data
+
 
 @dataclass(frozen=True)
 class Device(Placement):

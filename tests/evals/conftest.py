@@ -2,81 +2,57 @@
 
 from __future__ import annotations
 
+import io
 import os
-import random
 from pathlib import Path
-from types import SimpleNamespace
+from typing import TYPE_CHECKING
 
 import datasets
 import pytest
-import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+import tiny_run as small
+from rich.console import Console
 
 from evals import model as packaged_model
 from evals import rivals
-from evals.config import Config
 
-WORDS = ["the", "cache", "keeps", "every", "key", "and", "value", "attention", "asks", "for"]
+if TYPE_CHECKING:
+    from transformers import LlamaForCausalLM
+
+    from evals.config import Config
+
 ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="session")
 def tiny() -> LlamaForCausalLM:
     """Return a random Llama whose weights are large enough that its predictions are sharp."""
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=128,
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=1024,
-        initializer_range=0.2,
-        bos_token_id=1,
-        eos_token_id=2,
-    )
-    return LlamaForCausalLM(config).eval()
+    return small.model()
 
 
 @pytest.fixture
 def text() -> str:
     """Return made-up lines, ending in one without a line break."""
-    words = random.Random(0)
-    lines = (" ".join(words.choices(WORDS, k=9)) for _ in range(60))
-    return "\n".join(lines)
-
-
-def tokenizer(text: str, **_: object) -> SimpleNamespace:
-    """Stand in for a tokenizer: one token per byte."""
-    return SimpleNamespace(input_ids=torch.tensor([[byte % 128 for byte in text.encode()]]))
+    return small.text()
 
 
 @pytest.fixture
 def config(tmp_path: Path, text: str) -> Config:
     """Return a run that takes a second per strategy."""
     (tmp_path / "book.txt").write_text(text, encoding="utf-8")
-    return Config(
-        dataset=str(tmp_path / "book.txt"),
-        strategies=("transformers:dynamic",),
-        context=144,
-        decode_steps=4,
-        warmup=1,
-        new_tokens=6,
-        windows=2,
-        window=192,
-        chunk=16,
-        skip=20,
-    )
+    return small.config(str(tmp_path / "book.txt"))
 
 
 @pytest.fixture
 def offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tiny: LlamaForCausalLM) -> None:
     """Have runs load the tiny model, and keep every cache of `datasets` in the test's folder."""
-    monkeypatch.setattr(
-        packaged_model, "load", lambda name, dtype: (tiny, tokenizer, "tiny sha256:0")
-    )
+    monkeypatch.setattr(packaged_model, "load", lambda name, dtype: small.loaded(tiny))
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets")
+
+
+@pytest.fixture
+def console() -> Console:
+    """Return a console that is read, not seen: `console.file.getvalue()`."""
+    return Console(width=200, file=io.StringIO())
 
 
 @pytest.fixture

@@ -1,31 +1,12 @@
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import evaluate
 import numpy as np
 import pytest
 import torch
-from transformers import Cache
-from transformers.cache_utils import DynamicLayer
 
-from evals import drift, strategies
-from evals.strategies import Strategy
-
-
-class BrokenLayer(DynamicLayer):
-    """Two levels per number for all that is stored: a codec that does not work."""
-
-    def update(self, key_states, value_states, *args, **kwargs):
-        if self.is_initialized and self.keys.numel():
-            self.keys, self.values = (x.sign() * x.abs().mean() for x in (self.keys, self.values))
-        return super().update(key_states, value_states, *args, **kwargs)
-
-
-@dataclass(frozen=True)
-class Broken(Strategy):
-    """The negative control: it must be seen to be wrong."""
-
-    def build(self, config, max_cache_len):
-        return Cache(layers=[BrokenLayer() for _ in range(config.num_hidden_layers)])
+from evals import control, drift, strategies
+from evals.control import Broken
 
 
 @pytest.fixture
@@ -42,7 +23,12 @@ def windows(config, text):
 @pytest.fixture
 def measure(tiny, exact, windows, config):
     kept = drift.exact_predictions(tiny, exact, windows, config, lambda: None)
-    return lambda strategy: drift.measure(tiny, strategy, windows, kept, config, lambda: None)
+
+    def measure(strategy):
+        positions = drift.measure(tiny, strategy, windows, kept, config, lambda: None)
+        return drift.summary(positions)
+
+    return measure
 
 
 def test_the_exact_cache_does_not_drift_from_itself(measure, exact):
@@ -53,7 +39,7 @@ def test_the_exact_cache_does_not_drift_from_itself(measure, exact):
 
 
 def test_a_broken_cache_drifts(measure):
-    result = measure(Broken("broken"))
+    result = measure(Broken())
     assert result["kl"] > 0.1
     assert result["top1"] < 0.9
 
@@ -68,7 +54,9 @@ def test_perplexity_is_that_of_a_plain_forward_with_labels(
     with torch.no_grad():
         loss = tiny(input_ids=windows, labels=labels, use_cache=False).loss.item()
     kept = drift.exact_predictions(tiny, exact, windows, config, lambda: None)
-    result = drift.measure(tiny, exact, windows, kept, config, lambda: None)
+    result = drift.summary(drift.measure(tiny, exact, windows, kept, config, lambda: None))
+    assert drift.exact_perplexity(kept, windows, config) == pytest.approx(result["perplexity"])
+    assert drift.plain_perplexity(tiny, windows, config) == pytest.approx(np.exp(loss), rel=1e-4)
     assert result["perplexity"] == pytest.approx(np.exp(loss), rel=1e-4)
     assert result["positions"] == config.windows * (config.window - 1 - config.skip)
 
@@ -76,8 +64,33 @@ def test_perplexity_is_that_of_a_plain_forward_with_labels(
 def test_one_forward_would_not_have_seen_the_broken_cache(tiny, exact, windows, config):
     config = replace(config, chunk=config.window)
     kept = drift.exact_predictions(tiny, exact, windows, config, lambda: None)
-    blind = drift.measure(tiny, Broken("broken"), windows, kept, config, lambda: None)
-    assert blind["kl"] == 0, "which is why text is fed in chunks"
+    blind = drift.summary(drift.measure(tiny, Broken(), windows, kept, config, lambda: None))
+    assert blind["kl"] < 1e-9, "which is why text is fed in chunks"
+    with pytest.raises(control.SelfCheckFailed, match="the broken codec shows a KL of only"):
+        control.check_broken(blind)
+
+
+def test_rows_have_spread_over_windows_and_positions_fall_in_buckets(tiny, exact, windows, config):
+    kept = drift.exact_predictions(tiny, exact, windows, config, lambda: None)
+    positions = drift.measure(tiny, Broken(), windows, kept, config, lambda: None)
+    rows = {row["metric"]: row for row in drift.rows(positions)}
+    assert rows["kl"]["n"] == config.windows
+    assert rows["kl"]["p20"] < rows["kl"]["value"] < rows["kl"]["p80"]
+    ranges = list(drift.buckets(config))
+    assert [label for label, *_ in ranges] == ["20-32", "32-64", "64-128", "128-192"]
+    counted = [next(drift.rows(positions, *ends))["note"].split()[1] for _, *ends in ranges]
+    assert sum(map(int, counted)) == config.windows * (config.window - 1 - config.skip)
+
+
+def test_self_checks_let_the_right_through_and_stop_the_wrong():
+    control.check_exact({"kl": 0.0})
+    control.check_broken({"kl": 1.0})
+    control.check_plain(10.0005, 10.0, "float32")
+    with pytest.raises(control.SelfCheckFailed, match=r"differs from itself by a KL of 0\.001"):
+        control.check_exact({"kl": 0.001})
+    with pytest.raises(control.SelfCheckFailed, match=r"without a cache 10\.01"):
+        control.check_plain(10.01, 10.0, "float32")
+    control.check_plain(10.01, 10.0, "bfloat16")
 
 
 def test_the_metric_is_what_its_description_says():

@@ -1,18 +1,22 @@
-import io
 import json
 from dataclasses import replace
 
 import pytest
-from rich.console import Console
 
 from evals import report
 from evals.__main__ import main
 from evals.run import run
 from evals.schema import METRICS, Row
+from evals.store import WriteFailed
+from kvplug.codecs.affine import Int2
 
 pytestmark = pytest.mark.usefixtures("offline")
 
 FAILING = "def build(config, max_cache_len):\n    raise RuntimeError('no such card [/red]')\n"
+QUICK = {
+    *("prefill", "decode", "peak_prefill", "peak_decode", "bytes_held"),
+    *("perplexity", "perplexity_delta", "kl", "top1", "greedy"),
+}
 LYING = """
 class Liar(DynamicCache):
     def nbytes(self):
@@ -38,11 +42,6 @@ def build(config, max_cache_len):
 """
 
 
-@pytest.fixture
-def console():
-    return Console(width=200, file=io.StringIO())
-
-
 def start(config, out, console):
     ok = run(config, out, console)
     folders = [path for path in out.iterdir() if path.is_dir()]
@@ -55,11 +54,10 @@ def test_a_run_writes_every_figure_with_its_provenance(config, tmp_path, console
     ok, folder, (written, env, rows) = start(config, tmp_path / "out", console)
     assert ok
     names = ["transformers:dynamic", "growing", "int8", "transformers:static"]
-    assert [(row["strategy"], row["metric"]) for row in rows if row["metric"] == "kl"] == [
-        (name, "kl") for name in names
-    ]
+    controls = ["control:broken", "control:plain", "control:same"]
+    assert list(dict.fromkeys(row["strategy"] for row in rows)) == names + controls
     for name in names:
-        assert {row["metric"] for row in rows if row["strategy"] == name} == set(METRICS)
+        assert {row["metric"] for row in rows if row["strategy"] == name} == QUICK <= set(METRICS)
     assert all(set(row) == set(Row.__annotations__) for row in rows)
     assert all(row["value"] is not None or row["note"] for row in rows)
     assert written["strategies"] == names
@@ -75,7 +73,11 @@ def test_a_run_writes_every_figure_with_its_provenance(config, tmp_path, console
         assert figure[name, "kl"]["value"] < 1e-9
         assert figure[name, "greedy"]["value"] == config.new_tokens
     assert figure["transformers:dynamic", "kl"]["value"] == 0
-    tokens = config.context + config.warmup + config.decode_steps
+    assert figure["control:broken", "kl"]["value"] > 0.05
+    exact = figure["transformers:dynamic", "perplexity"]["value"]
+    assert figure["control:plain", "perplexity"]["value"] == pytest.approx(exact, rel=1e-4)
+    assert ("control:same", "decode") in figure
+    tokens = config.context[0] + config.warmup + config.decode_steps
     per_token = 2 * 2 * 2 * 16 * 4  # layers, K and V, heads, head_dim, float32
     assert figure["transformers:dynamic", "bytes_held"]["value"] == tokens * per_token
     assert figure["transformers:dynamic", "decode"]["n"] == config.decode_steps
@@ -84,7 +86,8 @@ def test_a_run_writes_every_figure_with_its_provenance(config, tmp_path, console
     table = (folder / "table.md").read_text()
     assert "`int8`" in table
     assert "KL, nat ↓" in table
-    assert "batch 1, context 144" in table
+    assert "Batch 1, context 144" in table
+    assert "A/A: the reference measured twice" in table
     assert (folder / "picture.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -127,11 +130,10 @@ def test_a_strategy_that_fails_is_a_row_and_an_exit_code(
     measured = {row["metric"] for row in rows if row["strategy"] == "failing:late"}
     assert "decode" in measured, "what was measured before the failure stays"
     assert "kl" not in measured
-    assert {row["metric"] for row in rows if row["strategy"] == "transformers:static"} == set(
-        METRICS
-    )
+    assert {row["metric"] for row in rows if row["strategy"] == "transformers:static"} == QUICK
     table = (folder / "table.md").read_text()
     assert "`failing:card` failed: RuntimeError: no such card" in table
+    assert [row["done"] for row in rows if row["strategy"] == "failing:late"][-1] is True
     assert "no such card [/red]" in capsys.readouterr().out
     assert main(["report", str(folder)]) == 1
 
@@ -141,19 +143,35 @@ def test_a_cache_that_claims_other_bytes_than_it_holds_fails(config, tmp_path, c
     config = replace(config, strategies=("liar:cache",))
     ok, _, (_, _, rows) = start(config, tmp_path / "out", console)
     assert not ok
-    assert "nbytes() claims 1 bytes, a walk over the cache's tensors finds" in rows[-1]["error"]
+    (error,) = (row["error"] for row in rows if row["status"] == "failed")
+    assert "nbytes() claims 1 bytes, a walk over the cache's tensors finds" in error
 
 
-def test_a_failed_write_stops_the_run(config, tmp_path, console, monkeypatch):
+@pytest.mark.parametrize("where", ["evals.store.os.fsync", "evals.store.evaluate.save"])
+def test_a_failed_write_stops_the_run(where, config, tmp_path, console, monkeypatch, capsys):
+    config = replace(config, suite="drift", strategies=("transformers:dynamic", "growing"))
+    calls = []
+
     def full(*_, **__):
-        raise OSError(28, "No space left on device")
+        calls.append(1)
+        if len(calls) > 3 or "save" in where:  # config.json, env.json and an empty rows.jsonl
+            raise OSError(28, "No space left")
 
-    monkeypatch.setattr("evals.run.evaluate.save", full)
-    config = replace(config, strategies=("transformers:dynamic", "transformers:static"))
-    with pytest.raises(OSError, match="No space left"):
+    monkeypatch.setattr(where, full)
+    with pytest.raises(WriteFailed, match=r"cannot write .*: .*No space left; the run stops here"):
         run(config, tmp_path / "out", console)
     (folder,) = (tmp_path / "out").iterdir()
-    assert "transformers:static" not in (folder / "rows.jsonl").read_text()
+    assert "growing" not in (folder / "rows.jsonl").read_text()
+
+
+def test_a_control_that_shows_no_drift_fails_the_run(config, tmp_path, console, monkeypatch):
+    monkeypatch.setattr("evals.control.BrokenCodec.encode", Int2.encode)
+    monkeypatch.setattr("evals.control.LEAST_KL", 9.0)
+    ok, _, (_, _, rows) = start(replace(config, suite="drift"), tmp_path / "out", console)
+    assert not ok
+    (row,) = (row for row in rows if row["status"] == "failed")
+    assert row["strategy"] == "control:broken"
+    assert row["error"].startswith("SelfCheckFailed: the broken codec shows a KL of only")
 
 
 def test_a_figure_that_is_no_number_is_a_failure_not_json_that_nobody_reads(
@@ -171,7 +189,8 @@ def test_a_figure_that_is_no_number_is_a_failure_not_json_that_nobody_reads(
     config = replace(config, strategies=("nan:cache",))
     ok, folder, (_, _, rows) = start(config, tmp_path / "out", console)
     assert not ok
-    assert rows[-1]["error"].startswith("FloatingPointError: perplexity is not finite")
+    (error,) = (row["error"] for row in rows if row["status"] == "failed")
+    assert error.startswith("FloatingPointError: perplexity is not finite")
     assert "NaN" not in (folder / "rows.jsonl").read_text()
 
 
@@ -179,3 +198,19 @@ def test_a_text_too_short_is_refused_with_both_numbers(config, tmp_path, capsys)
     argv = ["run", "--dataset", config.dataset, "--out", str(tmp_path / "out")]
     assert main([*argv, "--context", "99999", "--strategies", "dynamic"]) == 2
     assert "this run needs 99,999" in capsys.readouterr().err
+
+
+def test_a_dry_run_shows_the_plan_and_writes_nothing(config, tmp_path, console):
+    config = replace(config, suite="decode", strategies=("int8",), batch=(1, 2))
+    assert run(config, tmp_path / "out", console, dry=True)
+    assert not (tmp_path / "out").exists()
+    shown = console.file.getvalue()
+    assert "decode/b2/t144" in shown
+    assert "GB on top of the model" in shown
+    assert "predicted floor" in shown
+
+
+def test_quick_refuses_several_contexts(config, tmp_path, capsys):
+    argv = ["run", "--dataset", config.dataset, "--out", str(tmp_path / "out")]
+    assert main([*argv, "--context", "64,128", "--window", "192", "--skip", "8"]) == 2
+    assert "suite 'quick' measures one context and one batch" in capsys.readouterr().err

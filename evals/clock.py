@@ -1,0 +1,42 @@
+"""Seconds, the device's own work included."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from transformers import Cache, PreTrainedModel
+
+
+def timed(device: torch.device, call: Callable[[], Any]) -> float:
+    """Return the seconds of one call, until the device is done."""
+    _wait(device)
+    start = time.perf_counter()
+    call()
+    _wait(device)
+    return time.perf_counter() - start
+
+
+@torch.no_grad()
+def step(
+    model: PreTrainedModel, cache: Cache | None, tokens: torch.Tensor
+) -> tuple[torch.Tensor, float]:
+    """Feed tokens [B, S]; return the most likely next one [B, 1] and the seconds it took."""
+    _wait(model.device)
+    start = time.perf_counter()
+    out = model(
+        input_ids=tokens, past_key_values=cache, use_cache=cache is not None, logits_to_keep=1
+    )
+    token = out.logits[:, -1].argmax(-1, keepdim=True)
+    _wait(model.device)
+    return token, time.perf_counter() - start
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

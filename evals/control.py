@@ -1,0 +1,110 @@
+"""Rows that measure the measuring: what must be seen, and what must not.
+
+control:broken  a codec that does not work; a harness that sees no drift here sees none at all
+control:plain   no cache: one forward with labels must give the exact cache's perplexity
+control:same    the exact cache once more; how much it differs is the noise
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+import kvplug
+from evals.noise import SAME
+from evals.strategies import EXACT, Rival, Strategy
+from kvplug.codecs.affine import Int2
+from kvplug.kernels.reference import Reference
+from kvplug.spec import parse
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import Cache, PreTrainedConfig
+
+LEAST_KL = 0.05  # nat, that the broken codec must cost
+MOST_KL = 1e-9  # nat, that the exact cache may differ from itself
+TOLERANCE = {"float32": 1e-4}  # relative, between two ways to the same perplexity; others:
+TOLERANCE_HALF = 1e-2
+
+
+class SelfCheckFailed(AssertionError):
+    """The harness does not measure what it says: none of its figures can be trusted."""
+
+
+@dataclass(frozen=True)
+class BrokenCodec(Int2):
+    """2-bit integers whose zero points went to the wrong channels."""
+
+    name: ClassVar[str] = "broken"
+    tail: int = 0
+    block: int = 16
+
+    def encode(self, keys: Tensor, values: Tensor) -> dict[str, Tensor]:
+        data = super().encode(keys, values)
+        return data | {"k_zero": data["k_zero"].flip(3), "v_zero": data["v_zero"].flip(4)}
+
+
+@dataclass(frozen=True)
+class Broken(Strategy):
+    """The negative control."""
+
+    name: str = "control:broken"
+
+    @property
+    def spec(self) -> str:
+        """A codec that no registry knows."""
+        return repr(BrokenCodec())
+
+    def build(self, config: PreTrainedConfig, max_cache_len: int) -> Cache:
+        """Return an empty cache that will not work."""
+        spec = parse("growing").replace(codec=BrokenCodec(), kernel=Reference())
+        return kvplug.build(spec, config)
+
+
+@dataclass(frozen=True)
+class Same(Rival):
+    """The exact cache, measured again."""
+
+    name: str = SAME
+
+    @property
+    def spec(self) -> str:
+        """The adapter of the exact cache."""
+        return Rival(EXACT).spec
+
+
+@dataclass(frozen=True)
+class Plain(Strategy):
+    """No cache at all."""
+
+    name: str = "control:plain"
+
+    @property
+    def spec(self) -> str:
+        """How its figures are got."""
+        return "one forward with labels, use_cache=False"
+
+
+def check_exact(result: dict[str, float]) -> None:
+    """Raise unless the exact cache is equal to itself."""
+    if result["kl"] > MOST_KL:
+        raise SelfCheckFailed(
+            f"the exact cache measured twice differs from itself by a KL of {result['kl']:.2g}"
+        )
+
+
+def check_broken(result: dict[str, float]) -> None:
+    """Raise unless the broken codec drifts."""
+    if result["kl"] < LEAST_KL:
+        raise SelfCheckFailed(
+            f"the broken codec shows a KL of only {result['kl']:.2g}, less than {LEAST_KL}: drift "
+            "is not seen here. Is the window long enough, and fed in chunks?"
+        )
+
+
+def check_plain(plain: float, exact: float, dtype: str) -> None:
+    """Raise unless a forward without a cache gives the exact cache's perplexity."""
+    if abs(plain / exact - 1) > TOLERANCE.get(dtype, TOLERANCE_HALF):
+        raise SelfCheckFailed(
+            f"perplexity through the exact cache is {exact:.6g}, without a cache {plain:.6g}"
+        )

@@ -1,0 +1,125 @@
+"""The folder of one run, `results/<config hash>/`: config and environment first, rows as measured.
+
+Rows are written one at a time and reach the disk before the next is measured. After an interrupt
+the same command goes on: tasks that finished are not measured again, rows of the one that did not,
+or that failed, are dropped, and a last line that was cut off too. Rows of another config are in
+another folder; rows measured in another environment are refused.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import evaluate
+
+from evals.config import ConfigError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+    from evals.schema import Row
+
+
+class WriteFailed(RuntimeError):
+    """A result could not be written: the run stops, since what it measures would be lost."""
+
+
+class Results:
+    """The files of a run, and which of its tasks are finished."""
+
+    def __init__(self, folder: Path, config: dict[str, Any], env: dict[str, Any]) -> None:
+        """Make the folder, or take up the one that is there."""
+        self.folder, self.path = folder, folder / "rows.jsonl"
+        with writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            _write(folder / "config.json", config)
+            rows = load_rows(self.path)
+            if rows:
+                _check_same(folder, json.loads((folder / "env.json").read_text("utf-8")), env)
+            _write(folder / "env.json", env)
+            self.finished = _finished(rows)
+            kept = "".join(_line(row) for row in rows if row["task"] in self.finished)
+            _replace(self.path, kept)
+
+    def append(self, row: Row) -> None:
+        """Write one row, and have the disk say that it is there."""
+        with writing(self.path), self.path.open("a", encoding="utf-8") as file:
+            file.write(_line(row))
+            file.flush()
+            os.fsync(file.fileno())
+
+    def save(self, kind: str, name: str, **result: Any) -> None:
+        """Save the whole answer of an `evaluate` metric as `<kind>/<name>.json`."""
+        with writing(self.folder / kind):
+            (self.folder / kind).mkdir(exist_ok=True)
+            evaluate.save(self.folder / kind / f"{name}.json", **result)
+
+
+def discard(folder: Path) -> None:
+    """Delete a run's results."""
+    with writing(folder):
+        if folder.exists():
+            shutil.rmtree(folder)
+
+
+def load_rows(path: Path) -> list[Row]:
+    """Return the rows of a file, without a last line that was cut off."""
+    if not path.exists():
+        return []
+    lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
+    rows = []
+    for number, line in enumerate(lines[:-1], 1):  # what follows the last newline is cut off
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            raise ConfigError(f"{path}, line {number} is damaged: {error}") from error
+    return rows
+
+
+@contextmanager
+def writing(what: Path) -> Iterator[None]:
+    """Turn an error of the file system into `WriteFailed`."""
+    try:
+        yield
+    except OSError as error:
+        raise WriteFailed(f"cannot write {what}: {error}; the run stops here") from error
+
+
+def _finished(rows: list[Row]) -> set[str]:
+    """Return the tasks whose last row is there, and none of whose rows failed."""
+    failed = {row["task"] for row in rows if row["status"] == "failed"}
+    return {row["task"] for row in rows if row["done"]} - failed
+
+
+def _check_same(folder: Path, was: dict[str, Any], now: dict[str, Any]) -> None:
+    for name, value in now.items():
+        if was.get(name) != value:
+            raise ConfigError(
+                f"{folder} has rows measured with {name} {was.get(name)!r}, now it is {value!r}: "
+                "figures of both do not belong in one table. --again discards those rows, "
+                "another --out keeps them."
+            )
+
+
+def _line(row: Row) -> str:
+    return json.dumps(row, allow_nan=False) + "\n"
+
+
+def _write(path: Path, value: dict[str, Any]) -> None:
+    """Write strict JSON that a person can read."""
+    _replace(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
+
+
+def _replace(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    scratch = path.with_name(path.name + ".new")
+    with scratch.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    scratch.replace(path)

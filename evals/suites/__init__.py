@@ -1,0 +1,39 @@
+"""What can be measured: one small file per suite, found by its name.
+
+A file `<name>.py` is the suite `<name>`. Its docstring's first line is what `list` shows, and it
+has
+
+    DEFAULTS: dict            fields of `Config` whose default differs here
+    NEEDS: set                of "model" and "text": what must be loaded before `tasks`
+    tasks(bench)              yields `Task`s, in the order they are measured
+    tables(config, rows)      returns `Table`s, from what the result files say and nothing else
+
+and, where there is something to say before measuring, `forecast(bench)`, which returns `Table`s.
+REFERENCE, where it is not the exact cache, names the row that others are compared to.
+"""
+
+from __future__ import annotations
+
+import pkgutil
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from types import ModuleType
+
+EXACT = "transformers:dynamic"
+
+
+def names() -> list[str]:
+    """Return the suites that the files here add."""
+    return sorted(module.name for module in pkgutil.iter_modules(__path__))
+
+
+def get(name: str) -> ModuleType:
+    """Return a suite."""
+    return import_module(f"{__name__}.{name}")
+
+
+def reference(name: str) -> str:
+    """Return the row that a suite's others are compared to."""
+    return getattr(get(name), "REFERENCE", EXACT)

@@ -1,0 +1,93 @@
+"""Bytes held by a walk over the cache, per token, at the peaks, and against `kvplug.estimate`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import kvplug
+from evals import speed
+from evals.clock import step
+from evals.memory import Peak, checked_bytes
+from evals.schema import at, measured
+from evals.strategies import Rival, file_name
+from evals.tables import Table, by_strategy
+from evals.task import Task
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from evals.bench import Bench
+    from evals.schema import Row
+    from evals.strategies import Strategy
+
+DEFAULTS: dict[str, Any] = {"context": (512, 2048, 6000), "decode_steps": 8}
+NEEDS = {"model", "text"}
+
+
+def tasks(bench: Bench) -> Iterator[Task]:
+    """Yield a task per batch, context and strategy."""
+    for batch, context, note in bench.cells():
+        for strategy in bench.strategies:
+            yield Task(
+                f"memory/b{batch}/t{context}/{file_name(strategy.name)}",
+                f"{strategy.name}, batch {batch}, context {context:,}",
+                strategy,
+                lambda cell=(strategy, batch, context, note): measure(bench, *cell),
+                bench.prefill_seconds(batch, context)
+                + bench.config.decode_steps * bench.step_seconds(batch, context),
+                3 * bench.filler.exact_bytes(batch, context),
+            )
+
+
+def measure(
+    bench: Bench, strategy: Strategy, batch: int, context: int, note: str | None
+) -> Iterator[dict[str, Any]]:
+    """Yield bytes held after a true prefill, and both peaks."""
+    model, place = bench.model, {"batch": batch, "context": context}
+    speed.warm_up(model, strategy, bench.prompt(batch, context))
+    # a static cache of exactly this length: what `estimate` counts
+    cache = strategy.build(model.config, context)
+    step(model, cache, bench.prompt(batch, context))
+    held = checked_bytes(cache)
+    yield at(measured("bytes_held", held, note=note), **place)
+    yield at(measured("bytes_per_token", held / (batch * context)), **place)
+    if not isinstance(strategy, Rival):
+        guess = kvplug.estimate(
+            strategy.name, model.config, context=context, batch=batch, dtype=model.dtype
+        )
+        yield at(measured("bytes_estimated", guess), **place)
+        yield at(measured("estimate_error", 100 * (guess / held - 1)), **place)
+    del cache
+    for name, top, how in peaks(bench, strategy, batch, context):
+        yield at(measured(name, *([] if top is None else [top]), note=how), **place)
+
+
+def peaks(
+    bench: Bench, strategy: Strategy, batch: int, context: int
+) -> Iterator[tuple[str, int | None, str]]:
+    """Yield the most memory in prefill and in decode, with a cache that is new."""
+    steps = bench.config.decode_steps
+    peak = Peak(bench.model.device)
+    cache = strategy.build(bench.model.config, context + steps)
+    token, _ = step(bench.model, cache, bench.prompt(batch, context))
+    yield "peak_prefill", peak.lap(), peak.how
+    for _ in range(steps):
+        token, _ = step(bench.model, cache, token)
+    yield "peak_decode", peak.lap(), peak.how
+
+
+def tables(config: dict[str, Any], rows: list[Row]) -> list[Table]:
+    """Return a table per batch and context."""
+    cells = dict.fromkeys((row["batch"], row["context"]) for row in rows)
+    how = {row["note"] for row in rows if row["metric"] == "peak_decode" and row["note"]}
+    made = [
+        by_strategy(
+            f"batch {batch}, context {context:,}",
+            [row for row in rows if (row["batch"], row["context"]) == (batch, context)],
+        )
+        for batch, context in sorted(cells)
+    ]
+    if made:
+        said = f"Held after prefill. Peak in decode over {config['decode_steps']} steps."
+        made[-1] = made[-1]._replace(notes=[f"{said} Peaks by {', '.join(how)}."])
+    return made

@@ -1,0 +1,84 @@
+"""The main job: speed, memory, drift and greedy agreement at one context, under 10 minutes."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from evals import control, greedy, speed
+from evals.config import ConfigError
+from evals.noise import Noise
+from evals.strategies import file_name
+from evals.suites import drift
+from evals.tables import Table, by_strategy
+from evals.task import Task
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from evals.bench import Bench
+    from evals.schema import Row
+    from evals.strategies import Strategy
+
+DEFAULTS: dict[str, Any] = {}
+NEEDS = {"model", "text"}
+
+
+def tasks(bench: Bench) -> Iterator[Task]:
+    """Yield a task per strategy, and the controls."""
+    config = bench.config
+    if len(config.context) + len(config.batch) > 2:
+        raise ConfigError(
+            "suite 'quick' measures one context and one batch; 'decode', 'prefill' and 'memory' "
+            "take several"
+        )
+    batch, context = config.batch[0], config.context[0]
+    steps = config.warmup + config.decode_steps
+    timing = bench.prefill_seconds(batch, context) + steps * bench.step_seconds(batch, context)
+    saying = bench.prefill_seconds(batch, context) + config.new_tokens * bench.step_seconds(
+        batch, context
+    )
+    size = 2 * bench.filler.exact_bytes(batch, context)
+
+    def one(strategy: Strategy) -> Iterator[dict[str, Any]]:
+        yield from timed(bench, strategy)
+        yield from drift.drifted(bench, strategy)
+        tokens = bench.greedy_tokens(strategy)
+        yield greedy.agreement(tokens, bench.exact_tokens)
+        bench.tick()
+
+    for strategy in bench.strategies:
+        yield Task(
+            f"quick/{file_name(strategy.name)}",
+            strategy.name,
+            strategy,
+            lambda strategy=strategy: one(strategy),
+            timing + drift.seconds(bench) + saying,
+            size,
+            2 + config.windows,
+        )
+    yield from drift.controls(bench, "quick")
+    same = control.Same()
+    yield Task("quick/same", same.name, same, lambda: timed(bench, same), timing, size)
+
+
+def timed(bench: Bench, strategy: Strategy) -> Iterator[dict[str, Any]]:
+    """Yield speed and memory of one strategy."""
+    prompt = bench.prompt(bench.config.batch[0], bench.config.context[0])
+    yield from speed.measure(bench.model, strategy, prompt, bench.config)
+    bench.tick()
+
+
+def tables(config: dict[str, Any], rows: list[Row]) -> list[Table]:
+    """Return a line per strategy."""
+    table = by_strategy("", rows, Noise(rows))
+    peaks = {row["note"] for row in rows if row["metric"] == "peak_decode"}
+    batch, context = (
+        x if isinstance(x, int) else x[0] for x in (config["batch"], config["context"])
+    )
+    said = [
+        f"Batch {batch}, context {context}. Decode: {config['decode_steps']} steps after "
+        f"{config['warmup']} of warm-up. Peak memory: {', '.join(map(str, peaks))}. "
+        f"Greedy: of {config['new_tokens']} tokens.",
+        drift.caption(config),
+    ]
+    return [table._replace(notes=said + table.notes)]

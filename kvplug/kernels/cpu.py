@@ -1,0 +1,598 @@
+"""`numba`: attention on the CPU that reads encoded blocks as they are stored.
+
+Columns are taken in tiles of `TILE`. A tile is decoded once, into scratch that stays in the
+first-level cache, and read by all query rows of its head: keys as [Dk, TILE] so that scores run
+along tokens, values as [TILE, Dv]. Work is split over batch, heads, row tiles and, where these
+leave cores idle, the sequence; the splits are merged by their log-sum-exp (flash decoding).
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import threading
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from typing import TYPE_CHECKING, ClassVar
+
+import numba
+import numpy as np
+import torch
+from numba import float64, intp, njit, prange, types
+
+from ..codecs.affine import Affine
+from ..codecs.exact import Exact
+from .base import Kernel
+from .simd import (
+    LANES,
+    bfloat_at,
+    byte_at,
+    exp2,
+    float_at,
+    half_at,
+    larger,
+    largest,
+    load,
+    load_bfloats,
+    load_codes,
+    load_halves,
+    multiply_add,
+    prefetch,
+    put,
+    spread,
+    store,
+    total,
+    transpose,
+    where_positive,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator
+
+    from torch import Tensor
+
+    from ..codecs.base import Codec
+    from ..stored import Stored
+
+logger = logging.getLogger("kvplug")
+
+TILE = 64  # columns at a time
+ROWS = 32  # query rows at a time, two by two
+LOG2E = np.float32(math.log2(math.e))
+LOWEST = np.float32(-np.inf)
+ZERO, ONE = np.float32(0), np.float32(1)
+FORMATS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+
+inlined = njit(forceinline=True, error_model="numpy")
+
+
+@dataclass(frozen=True)
+class Numba(Kernel):
+    """Compiled for this CPU by Numba on first use and kept on disk (`kvplug warmup`)."""
+
+    name: ClassVar[str] = "numba"
+
+    def refuses(
+        self,
+        codec: Codec,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> str | None:
+        # by `decode`: a subclass that has its own has other bytes
+        if type(codec).decode not in (Affine.decode, Exact.decode):
+            return f"reads exact, int8, int4 and int2, not {codec.name!r}"
+        if device is not None and device.type not in ("cpu", "meta"):
+            return f"runs on the CPU, not on {device.type!r}"
+        if dtype is not None and dtype not in FORMATS:
+            return f"reads float32, float16 and bfloat16, not {dtype}"
+        return None
+
+    def attend(
+        self,
+        query: Tensor,
+        stored: Stored,
+        mask: Tensor | None,
+        scale: float | None,
+        is_causal: bool,
+    ) -> tuple[Tensor, Tensor]:
+        B, Q, S, Dk = query.shape
+        H, Dv = stored.tail[0].shape[1], stored.tail[1].shape[-1]
+        if is_causal:
+            mask = torch.ones(S, stored.length, dtype=torch.bool).tril()
+        if mask is not None:
+            mask = mask if mask.dtype == torch.bool else mask.float()
+            mask = _rows_contiguous(mask.expand(B, Q, S, stored.length))
+        query = _rows_contiguous(query)
+        out, lse = torch.empty(B, Q, S, Dv), torch.empty(B, Q, S)
+        row_tiles = -(-(Q // H * S) // ROWS)
+        workers = torch.get_num_threads()
+        splits = _splits(B * H * row_tiles, -(-stored.length // TILE), workers)
+        width = -(-Dv // LANES) * LANES
+        results = workers if splits == 1 else B * H * row_tiles * splits
+        blocks = stored.block_count * stored.codec.block, stored.skip
+        coded = isinstance(stored.codec, Affine) and blocks[0]
+        with ONE_AT_A_TIME, _threads(workers):
+            room = _room(workers * _scratch(Dk, width) + results * _partial(width))
+            compiled()(
+                (B, H, Q // H, S, Dk, Dv, width),
+                (row_tiles, splits, workers),
+                (FORMATS[query.dtype], *_address(query, 3)),
+                Dk**-0.5 if scale is None else scale,
+                _plain(stored.head) if stored.head else NOTHING,
+                _plain(stored.blocks.values(), *blocks) if blocks[0] and not coded else NOTHING,
+                _coded(stored, *blocks) if coded else NO_CODES,
+                _plain(stored.tail),
+                (0 if mask is None else 1 + mask.is_floating_point(), *_address(mask, 3)),
+                (room, out.data_ptr(), lse.data_ptr()),
+            )
+        return out.to(query.dtype), lse
+
+    def warmup(self) -> None:
+        compiled()
+
+
+@cache
+def compiled() -> Callable:
+    """The compiled kernel: from disk, or compiled now, which is said."""
+    if not numba.config.DISABLE_JIT:
+        notice = threading.Timer(2.0, logger.warning, (COMPILING,))
+        notice.start()
+        try:
+            _attend.compile(SIGNATURE)
+        finally:
+            notice.cancel()
+    return _attend
+
+
+COMPILING = (
+    "kvplug: compiling the CPU kernel: some 20 seconds, once per machine; "
+    "`kvplug warmup` does it ahead of time"
+)
+
+# Numba's own thread pool, its choice where OpenMP is not there, ends the process when two threads
+# use it at once; and two calls that share the cores gain nothing
+ONE_AT_A_TIME = threading.Lock()
+
+
+@contextmanager
+def _threads(n: int) -> Iterator[None]:
+    """As many threads as torch uses: its OpenMP pool is Numba's too, and keeps its size."""
+    before = numba.get_num_threads()
+    numba.set_num_threads(min(n, numba.config.NUMBA_NUM_THREADS))
+    try:
+        yield
+    finally:
+        numba.set_num_threads(before)
+
+
+def _splits(groups: int, tiles: int, workers: int) -> int:
+    """Into how many parts to cut the sequence, so that every worker has as much to do."""
+    for n in range(1, min(workers, tiles) + 1):
+        if groups * n % workers == 0 or groups * n >= 8 * workers:
+            return n
+    return max(1, min(workers, tiles))
+
+
+_rooms: list[Tensor] = []  # the scratch of all calls, one after the other
+
+
+def _room(floats: int) -> int:
+    """The address of so much scratch; kept, so that a decode step allocates its output only."""
+    if not _rooms or _rooms[0].numel() < floats:
+        _rooms[:] = [torch.empty(floats)]
+    return _rooms[0].data_ptr()
+
+
+def _rows_contiguous(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _address(x: Tensor | None, axes: int) -> tuple[int, ...]:
+    """Address, and strides in bytes of the first axes; the last axis is contiguous."""
+    if x is None:
+        return (0,) * (axes + 1)
+    size = x.element_size()
+    return (x.data_ptr(), *[stride * size for stride in x.stride()[:axes]])
+
+
+def _plain(pair: Iterable[Tensor], count: int | None = None, skip: int = 0) -> tuple[int, ...]:
+    """Tokens, those skipped, format; then keys and values: address, strides of B, H and token."""
+    keys, values = pair
+    k, v = _address(keys, keys.dim()), _address(values, values.dim())
+    n = keys.shape[2] if count is None else count
+    return (n, skip, FORMATS[keys.dtype], *k[:3], k[-2], *v[:3], v[-2])
+
+
+def _coded(stored: Stored, count: int, skip: int) -> tuple[int, ...]:
+    """Tokens, those skipped, block, bits, groups per value; then the six tensors of `Affine`."""
+    codec, data = stored.codec, stored.blocks
+    return (
+        count,
+        skip,
+        codec.block,
+        codec.k_bits,
+        codec.v_bits,
+        data["v_scale"].shape[-1],
+        *_address(data["k_codes"], 4),
+        *_address(data["k_scale"], 3),
+        *_address(data["k_zero"], 3),
+        *_address(data["v_codes"], 4),
+        *_address(data["v_scale"], 4),
+        *_address(data["v_zero"], 4),
+    )
+
+
+NOTHING, NO_CODES = (0,) * 11, (0,) * 34
+SIGNATURE = tuple(
+    float64 if n is None else types.UniTuple(intp, n) for n in (7, 3, 5, None, 11, 11, 34, 11, 5, 3)
+)
+
+
+# --- compiled. Addresses and sizes are integers; strides are in bytes, floats four bytes.
+
+
+@inlined
+def _scratch(Dk, width):
+    """Floats that a worker needs: a tile of keys and of values, its query rows, their scores."""
+    return TILE * (Dk + width) + ROWS * (Dk + TILE)
+
+
+@inlined
+def _partial(width):
+    """Floats that a task leaves: running maximum, sum and output of each row."""
+    return ROWS * (2 + width)
+
+
+@njit(parallel=True, nogil=True, cache=True, error_model="numpy")
+def _attend(shape, plan, query, scale, head, plain, coded, tail, mask, room_out_lse):
+    """All of one call; `Numba.attend` says what the tuples hold."""
+    B, H, _, _, Dk, _, width = shape
+    row_tiles, splits, workers = plan
+    room, out, lse = room_out_lse
+    partials = room + 4 * workers * _scratch(Dk, width)
+    step = 4 * _partial(width)
+    groups = B * H * row_tiles
+    tasks = groups * splits
+    for worker in prange(workers):
+        scratch = room + 4 * worker * _scratch(Dk, width)
+        for task in range(worker * tasks // workers, (worker + 1) * tasks // workers):
+            group, split = task // splits, task % splits
+            results = partials + step * (worker if splits == 1 else task)
+            _attend_split(
+                shape, row_tiles, group, splits, split,
+                query, scale, head, plain, coded, tail, mask, scratch, results,
+            )  # fmt: skip
+            if splits == 1:
+                _merge(results, 1, shape, row_tiles, group, out, lse)
+    if splits > 1:
+        for group in range(groups):
+            results = partials + step * group * splits
+            _merge(results, splits, shape, row_tiles, group, out, lse)
+
+
+@inlined
+def _rows(shape, row_tiles, group):
+    """Batch, head, first row and number of rows of a group: rows are the G * S of a head."""
+    _, H, G, S, _, _, _ = shape
+    first = group % row_tiles * ROWS
+    return group // row_tiles // H, group // row_tiles % H, first, min(ROWS, G * S - first)
+
+
+@inlined
+def _attend_split(
+    shape, row_tiles, group, splits, split,
+    query, scale, head, plain, coded, tail, mask, scratch, results,
+):  # fmt: skip
+    """Online softmax (arXiv:1805.02867) of a group of rows over its share of the tiles."""
+    _, _, G, S, Dk, Dv, width = shape
+    b, h, first, rows = _rows(shape, row_tiles, group)
+    keys = scratch
+    values = keys + 4 * TILE * Dk
+    queries = values + 4 * TILE * width
+    scores = queries + 4 * ROWS * Dk
+    highest, sums, sides = results, results + 4 * ROWS, results + 8 * ROWS
+    pairs = rows + rows % 2  # rows go two by two
+    for r in range(pairs):
+        put(highest, r, LOWEST)
+        put(sums, r, ZERO)
+        for d in range(0, width, LANES):
+            store(sides, r * width + d, spread(ZERO))
+    _take_queries(query, scale, b, h, G, S, first, rows, Dk, queries)
+
+    of_head, of_plain = _tiles(head[0], head[1]), _tiles(plain[0], plain[1])
+    of_coded, of_tail = _tiles(coded[0], coded[1]), _tiles(tail[0], tail[1])
+    before_coded = of_head + of_plain
+    before_tail = before_coded + of_coded
+    tiles = before_tail + of_tail
+    for tile in range(split * tiles // splits, (split + 1) * tiles // splits):
+        # from which source, from which of its tokens on, how many, and at which column
+        if tile < of_head:
+            start, n, column = _span(head[0], head[1], tile)
+            _take(head, b, h, start, n, Dk, Dv, width, keys, values)
+        elif tile < before_coded:
+            start, n, column = _span(plain[0], plain[1], tile - of_head)
+            _take(plain, b, h, start, n, Dk, Dv, width, keys, values)
+            column += head[0]
+        elif tile < before_tail:
+            start, n, column = _span(coded[0], coded[1], tile - before_coded)
+            _decode_keys(coded, b, h, start, n, Dk, keys)
+            _decode_values(coded, b, h, start, n, Dv, width, values)
+            column += head[0]
+        else:
+            start, n, column = _span(tail[0], tail[1], tile - before_tail)
+            _take(tail, b, h, start, n, Dk, Dv, width, keys, values)
+            column += head[0] + plain[0] - plain[1] + coded[0] - coded[1]
+        for r in range(0, pairs, 2):
+            s = scores + 4 * r * TILE
+            for c in range(0, 2 * TILE, LANES):
+                store(s, c, spread(ZERO))
+            q = queries + 4 * r * Dk
+            _add_products(q, q + 4 * Dk, Dk, keys, TILE, s, s + 4 * TILE, TILE)
+            for i in range(r, min(r + 2, rows)):
+                s = scores + 4 * i * TILE
+                _hide(mask, b, h * G + (first + i) // S, (first + i) % S, column, n, s)
+                _softmax(s, highest, sums, i, sides + 4 * i * width, width)
+            s, side = scores + 4 * r * TILE, sides + 4 * r * width
+            _add_products(s, s + 4 * TILE, n, values, width, side, side + 4 * width, width)
+
+
+@inlined
+def _tiles(count, skip):
+    """Tiles that `count` tokens make, the first `skip` hidden; tiles start at multiples of TILE."""
+    return (count + TILE - 1) // TILE - skip // TILE
+
+
+@inlined
+def _span(count, skip, tile):
+    """First token of a tile, how many, and how many visible ones are before it."""
+    aligned = (skip // TILE + tile) * TILE
+    start = max(skip, aligned)
+    return start, min(count, aligned + TILE) - start, start - skip
+
+
+@inlined
+def _take_queries(query, scale, b, h, G, S, first, rows, Dk, out):
+    """Scaled rows [rows, Dk] of the head; a row of zeros more where they are odd."""
+    form, base, by_batch, by_head, by_token = query
+    for r in range(rows):
+        row = (
+            base + b * by_batch + (h * G + (first + r) // S) * by_head + (first + r) % S * by_token
+        )
+        for d in range(Dk):
+            put(out, r * Dk + d, np.float32(_number(row, d, form) * scale))
+    if rows % 2:
+        for d in range(Dk):
+            put(out, rows * Dk + d, ZERO)
+
+
+@inlined
+def _take(source, b, h, start, n, Dk, Dv, width, keys, values):
+    """Plain tokens: keys turned to [Dk, TILE], values [n, width]."""
+    form, k_base, k_batch, k_head, k_token = source[2:7]
+    v_base, v_batch, v_head, v_token = source[7:]
+    k_rows = k_base + b * k_batch + h * k_head + start * k_token
+    v_rows = v_base + b * v_batch + h * v_head + start * v_token
+    for part in range(0, Dk, width):  # the room of the values holds a part of the keys meanwhile
+        m = min(width, Dk - part)
+        _copy(k_rows + part * (4 if form == 0 else 2), k_token, n, m, form, values, width)
+        _turn(values, width, n, m, keys + 4 * part * TILE)
+    _copy(v_rows, v_token, n, Dv, form, values, width)
+
+
+@inlined
+def _copy(rows, step, n, m, form, out, width):
+    """Numbers [n, m], rows `step` bytes apart -> floats [n, width]."""
+    whole = m - m % LANES
+    for t in range(n):
+        row = rows + t * step
+        for d in range(0, whole, LANES):
+            prefetch(row + TILE * step + d * (4 if form == 0 else 2))
+            if form == 0:
+                store(out, t * width + d, load(row, d))
+            elif form == 1:
+                store(out, t * width + d, load_halves(row, d))
+            else:
+                store(out, t * width + d, load_bfloats(row, d))
+        for d in range(whole, m):
+            put(out, t * width + d, _number(row, d, form))
+
+
+@inlined
+def _turn(rows, width, n, m, out):
+    """Floats [n, width], of which m a row -> [m, TILE]."""
+    n_whole, m_whole = n - n % LANES, m - m % LANES
+    for t in range(0, n_whole, LANES):
+        for d in range(0, m_whole, LANES):
+            transpose(rows + 4 * (t * width + d), width, out + 4 * (d * TILE + t), TILE)
+    for t in range(n):
+        for d in range(m_whole if t < n_whole else 0, m):
+            put(out, d * TILE + t, float_at(rows, t * width + d))
+
+
+@inlined
+def _decode_keys(coded, b, h, start, n, Dk, out):
+    """Keys of `Affine`, channel by channel: [Dk, TILE]."""
+    block, bits = coded[2], coded[3]
+    codes, codes_batch, codes_head, codes_block, codes_channel = coded[6:11]
+    scale, scale_batch, scale_head, scale_block = coded[11:15]
+    zero, zero_batch, zero_head, zero_block = coded[15:19]
+    packed = block * bits // 8  # bytes of a channel: byte i has the tokens i, i + packed, ...
+    t = 0
+    while t < n:
+        i, token = (start + t) // block, (start + t) % block
+        part, byte = token // packed, token % packed
+        run = min(packed - byte, n - t)
+        code = codes + b * codes_batch + h * codes_head + i * codes_block + byte
+        s = scale + b * scale_batch + h * scale_head + i * scale_block
+        z = zero + b * zero_batch + h * zero_head + i * zero_block
+        for d in range(Dk):
+            prefetch(code + d * codes_channel + codes_block)
+            _dequantize(
+                code + d * codes_channel, run, part * bits, bits, half_at(s, d), half_at(z, d),
+                out + 4 * (d * TILE + t),
+            )  # fmt: skip
+        t += run
+
+
+@inlined
+def _decode_values(coded, b, h, start, n, Dv, width, out):
+    """Values of `Affine`, token by token: [n, width]."""
+    block, bits, groups = coded[2], coded[4], coded[5]
+    codes, codes_batch, codes_head, codes_block, codes_row = coded[19:24]
+    scale, scale_batch, scale_head, scale_block, scale_token = coded[24:29]
+    zero, zero_batch, zero_head, zero_block, zero_token = coded[29:34]
+    packed, size = block * bits // 8, Dv // groups
+    t = 0
+    while t < n:
+        i, token = (start + t) // block, (start + t) % block
+        part, byte = token // packed, token % packed
+        run = min(packed - byte, n - t)
+        code = codes + b * codes_batch + h * codes_head + i * codes_block + byte * codes_row
+        s = scale + b * scale_batch + h * scale_head + i * scale_block + token * scale_token
+        z = zero + b * zero_batch + h * zero_head + i * zero_block + token * zero_token
+        for row in range(t, t + run):
+            prefetch(code + codes_block)
+            for g in range(groups):
+                _dequantize(
+                    code + g * size, size, part * bits, bits, half_at(s, g), half_at(z, g),
+                    out + 4 * (row * width + g * size),
+                )  # fmt: skip
+            code, s, z = code + codes_row, s + scale_token, z + zero_token
+        t += run
+
+
+@inlined
+def _dequantize(codes, n, shift, bits, scale, zero, out):
+    """Floats out[:n] = codes[:n] * scale + zero, a code being `bits` of a byte from `shift` on."""
+    keep = (1 << bits) - 1
+    whole = n - n % LANES
+    scales, zeros = spread(scale), spread(zero)
+    for i in range(0, whole, LANES):
+        store(out, i, multiply_add(load_codes(codes, i, shift, keep), scales, zeros))
+    for i in range(whole, n):
+        put(out, i, np.float32((byte_at(codes, i) >> shift) & keep) * scale + zero)
+
+
+@inlined
+def _add_products(x0, x1, n, matrix, step, out0, out1, columns):
+    """out[:columns] += x[:n] @ matrix[:n, :columns] for two rows x, in eight registers."""
+    c = 0
+    while c + 4 * LANES <= columns:
+        a0, a1 = load(out0, c), load(out0, c + LANES)
+        a2, a3 = load(out0, c + 2 * LANES), load(out0, c + 3 * LANES)
+        b0, b1 = load(out1, c), load(out1, c + LANES)
+        b2, b3 = load(out1, c + 2 * LANES), load(out1, c + 3 * LANES)
+        for i in range(n):
+            a, b, j = spread(float_at(x0, i)), spread(float_at(x1, i)), i * step + c
+            m0, m1 = load(matrix, j), load(matrix, j + LANES)
+            m2, m3 = load(matrix, j + 2 * LANES), load(matrix, j + 3 * LANES)
+            a0, a1 = multiply_add(a, m0, a0), multiply_add(a, m1, a1)
+            a2, a3 = multiply_add(a, m2, a2), multiply_add(a, m3, a3)
+            b0, b1 = multiply_add(b, m0, b0), multiply_add(b, m1, b1)
+            b2, b3 = multiply_add(b, m2, b2), multiply_add(b, m3, b3)
+        store(out0, c, a0)
+        store(out0, c + LANES, a1)
+        store(out0, c + 2 * LANES, a2)
+        store(out0, c + 3 * LANES, a3)
+        store(out1, c, b0)
+        store(out1, c + LANES, b1)
+        store(out1, c + 2 * LANES, b2)
+        store(out1, c + 3 * LANES, b3)
+        c += 4 * LANES
+    while c < columns:
+        a0, b0 = load(out0, c), load(out1, c)
+        for i in range(n):
+            m0 = load(matrix, i * step + c)
+            a0 = multiply_add(spread(float_at(x0, i)), m0, a0)
+            b0 = multiply_add(spread(float_at(x1, i)), m0, b0)
+        store(out0, c, a0)
+        store(out1, c, b0)
+        c += LANES
+
+
+@inlined
+def _hide(mask, b, q, s, column, n, scores):
+    """Apply the mask to the scores of n columns; those after them in the tile are hidden."""
+    kind, base, by_batch, by_head, by_row = mask
+    row = base + b * by_batch + q * by_head + s * by_row
+    if kind == 1:
+        row += column
+        whole = n - n % LANES
+        for i in range(0, whole, LANES):
+            seen = load_codes(row, i, 0, 255)
+            store(scores, i, where_positive(seen, load(scores, i), spread(LOWEST)))
+        for i in range(whole, n):
+            if byte_at(row, i) == 0:
+                put(scores, i, LOWEST)
+    elif kind == 2:
+        for i in range(n):
+            put(scores, i, float_at(scores, i) + float_at(row, column + i))
+    for i in range(n, TILE):
+        put(scores, i, LOWEST)
+
+
+@inlined
+def _softmax(scores, highest, sums, r, side, width):
+    """Scores of a tile -> weights, relative to the row's new maximum; what it has is rescaled."""
+    best = load(scores, 0)
+    for c in range(LANES, TILE, LANES):
+        best = larger(best, load(scores, c))
+    old, new = float_at(highest, r), largest(best)
+    if new > old:
+        shrink = np.float32(math.exp(old - new))
+        put(highest, r, new)
+        put(sums, r, float_at(sums, r) * shrink)
+        for d in range(0, width, LANES):
+            store(side, d, multiply_add(load(side, d), spread(shrink), spread(ZERO)))
+    base = max(old, new)
+    if base == LOWEST:  # nothing visible yet: exp(-inf - 0) = 0, not NaN
+        base = ZERO
+    added = spread(ZERO)
+    for c in range(0, TILE, LANES):
+        above = multiply_add(load(scores, c), spread(ONE), spread(-base))
+        weight = exp2(multiply_add(above, spread(LOG2E), spread(ZERO)))
+        store(scores, c, weight)
+        added = multiply_add(weight, spread(ONE), added)
+    put(sums, r, float_at(sums, r) + total(added))
+
+
+@inlined
+def _merge(results, splits, shape, row_tiles, group, out, lse):
+    """Results of all splits of a group -> its rows of the output and of the log-sum-exp."""
+    _, H, G, S, _, Dv, width = shape
+    b, h, first, rows = _rows(shape, row_tiles, group)
+    row = (b * H + h) * G * S + first
+    out, lse = out + 4 * row * Dv, lse + 4 * row
+    step = 4 * _partial(width)
+    for r in range(rows):
+        highest = LOWEST
+        for split in range(splits):
+            highest = max(highest, float_at(results + split * step, r))
+        whole = ZERO
+        for d in range(Dv):
+            put(out, r * Dv + d, ZERO)
+        for split in range(splits):
+            here = results + split * step
+            if float_at(here, r) > LOWEST:
+                share = np.float32(math.exp(float_at(here, r) - highest))
+                whole += share * float_at(here + 4 * ROWS, r)
+                side = here + 8 * ROWS + 4 * r * width
+                for d in range(Dv):
+                    put(out, r * Dv + d, float_at(out, r * Dv + d) + share * float_at(side, d))
+        if whole == 0:
+            put(lse, r, LOWEST)
+            continue
+        for d in range(Dv):
+            put(out, r * Dv + d, float_at(out, r * Dv + d) / whole)
+        put(lse, r, highest + np.float32(math.log(whole)))
+
+
+@inlined
+def _number(address, i, form):
+    """Number i at `address`, of a format of FORMATS."""
+    if form == 0:
+        return float_at(address, i)
+    if form == 1:
+        return half_at(address, i)
+    return bfloat_at(address, i)

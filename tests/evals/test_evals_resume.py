@@ -1,0 +1,173 @@
+"""A run that is killed and started again has the rows of one that was not."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import tiny_run
+
+from evals import report
+from evals.__main__ import main
+from evals.config import ConfigError
+from evals.run import run
+from evals.store import load_rows
+
+pytestmark = pytest.mark.usefixtures("offline")
+
+STRATEGIES = ("transformers:dynamic", "growing", "transformers:static", "kvplug:static")
+FLAKY = """
+import pathlib
+
+
+def build(config, max_cache_len):
+    if pathlib.Path({mark!r}).exists():
+        return DynamicCache(config=config)
+    raise RuntimeError('not yet')
+"""
+
+
+@pytest.fixture
+def drift(config):
+    return replace(config, suite="drift", strategies=STRATEGIES, windows=1)
+
+
+def figures(folder):
+    """All that the rows say but when."""
+    rows = report.read(folder)[2]
+    return [{name: value for name, value in row.items() if name != "time"} for row in rows]
+
+
+@pytest.fixture
+def unbroken(drift, tmp_path, console):
+    assert run(drift, tmp_path / "unbroken", console)
+    (folder,) = (tmp_path / "unbroken").iterdir()
+    return figures(folder)
+
+
+def test_interrupted_at_any_row_and_resumed_gives_the_same_rows(
+    drift, tmp_path, console, monkeypatch, unbroken
+):
+    from evals.store import Results
+
+    append = Results.append
+    for stop in (0, 7, 30, len(unbroken) - 1):
+        out = tmp_path / f"stopped-{stop}"
+
+        def interrupted(self, row, left=[stop]):  # noqa: B006
+            if left[0] == 0:
+                raise KeyboardInterrupt
+            left[0] -= 1
+            append(self, row)
+
+        monkeypatch.setattr(Results, "append", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            run(drift, out, console)
+        monkeypatch.setattr(Results, "append", append)
+        (folder,) = out.iterdir()
+        assert len(load_rows(folder / "rows.jsonl")) == stop
+        assert (folder / "table.md").exists(), "what there is can be read"
+        assert "the same command goes on where this stopped" in console.file.getvalue()
+        assert run(drift, out, console)
+        assert figures(folder) == unbroken
+
+
+def test_ctrl_c_is_exit_code_130(drift, tmp_path, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("evals.drift.measure", interrupted)
+    argv = ["run", "--suite", "drift", "--dataset", drift.dataset, "--out", str(tmp_path / "out")]
+    assert main([*argv, "--window", "192", "--skip", "8", "--context", "64"]) == 130
+
+
+@pytest.mark.parametrize("left", [1, 40])
+def test_a_last_line_that_was_cut_off_is_dropped(left, drift, tmp_path, console, unbroken):
+    (folder,) = (tmp_path / "unbroken").iterdir()
+    path = folder / "rows.jsonl"
+    text = path.read_text()
+    path.write_text(text[:-left])
+    assert len(report.read(folder)[2]) == len(unbroken) - 1
+    assert run(drift, tmp_path / "unbroken", console)
+    assert figures(folder) == unbroken
+
+
+def test_a_line_damaged_elsewhere_is_not_passed_over(drift, tmp_path, console, unbroken):
+    (folder,) = (tmp_path / "unbroken").iterdir()
+    path = folder / "rows.jsonl"
+    path.write_text(path.read_text().replace('"kl"', '"kl', 1))
+    with pytest.raises(ConfigError, match="line 3 is damaged"):
+        run(drift, tmp_path / "unbroken", console)
+
+
+def test_a_finished_run_is_only_rendered_and_again_discards_it(
+    drift, tmp_path, console, monkeypatch, unbroken
+):
+    out = tmp_path / "unbroken"
+    with monkeypatch.context() as patch:
+        patch.setattr("evals.run.measure", lambda *_: pytest.fail("measured again"))
+        assert run(drift, out, console)
+    assert "complete, nothing to measure" in console.file.getvalue()
+    (folder,) = out.iterdir()
+    before = load_rows(folder / "rows.jsonl")
+    time.sleep(1.1)  # rows say the second they were written
+    assert run(drift, out, console, again=True)
+    after = load_rows(folder / "rows.jsonl")
+    assert len(after) == len(before)
+    assert after[0]["time"] > before[0]["time"]
+
+
+def test_a_changed_config_does_not_see_the_rows(drift, tmp_path, console, unbroken):
+    out = tmp_path / "unbroken"
+    assert run(replace(drift, skip=21), out, console)
+    assert len(list(out.iterdir())) == 2
+
+
+def test_rows_of_another_environment_are_refused(drift, tmp_path, console, unbroken):
+    (folder,) = (tmp_path / "unbroken").iterdir()
+    env = json.loads((folder / "env.json").read_text())
+    (folder / "env.json").write_text(json.dumps(env | {"hardware": "abacus"}))
+    with pytest.raises(ConfigError, match="measured with hardware 'abacus', now it is"):
+        run(drift, tmp_path / "unbroken", console)
+    assert run(drift, tmp_path / "unbroken", console, again=True)
+
+
+def test_what_failed_is_tried_again(drift, tmp_path, console, add_rival, monkeypatch):
+    mark = tmp_path / "mark"
+    add_rival("flaky:cache", FLAKY.format(mark=str(mark)))
+    drift = replace(drift, strategies=("flaky:cache", "growing"))
+    assert not run(drift, tmp_path / "out", console)
+    mark.touch()
+    assert run(drift, tmp_path / "out", console)
+    (folder,) = (tmp_path / "out").iterdir()
+    rows = report.read(folder)[2]
+    assert not [row for row in rows if row["status"] == "failed"]
+    names = list(dict.fromkeys(row["strategy"] for row in rows))
+    assert names[:3] == ["transformers:dynamic", "flaky:cache", "growing"], "in order all the same"
+
+
+def test_killed_by_the_system_and_resumed(drift, tmp_path, console):
+    """A real SIGKILL, as soon as the first rows are on disk."""
+    drift = replace(drift, windows=2)
+    out = tmp_path / "killed"
+    script = [sys.executable, tiny_run.__file__, drift.dataset, str(out)]
+    with subprocess.Popen(script, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as process:
+        for _ in range(600):
+            rows = list(out.glob("*/rows.jsonl"))
+            if process.poll() is not None or (rows and rows[0].stat().st_size > 5000):
+                break
+            time.sleep(0.1)
+        process.send_signal(signal.SIGKILL)
+    assert process.returncode == -signal.SIGKILL, process.stderr
+    (folder,) = out.iterdir()
+    kept = len(load_rows(folder / "rows.jsonl"))
+    assert run(drift, out, console)
+    assert [Path(path).name for path in out.iterdir()] == [folder.name], "the same config"
+    assert run(drift, tmp_path / "unbroken", console)
+    (unbroken,) = (tmp_path / "unbroken").iterdir()
+    assert 0 < kept < len(figures(unbroken))
+    assert figures(folder) == figures(unbroken)

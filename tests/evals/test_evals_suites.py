@@ -1,0 +1,204 @@
+"""Every suite end to end on a tiny model, and what they are made of."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from evals import report, suites
+from evals.clock import step
+from evals.fill import Filler
+from evals.memory import held_bytes
+from evals.noise import Noise
+from evals.race import race, speedup
+from evals.run import run
+from evals.schema import Row, measured
+from evals.strategies import EXACT, Strategy, resolve
+
+pytestmark = pytest.mark.usefixtures("offline")
+
+
+def start(config, tmp_path, console, ok=True):
+    assert run(config, tmp_path / "out", console) is ok, console.file.getvalue()
+    (folder,) = (tmp_path / "out").iterdir()
+    rows = report.read(folder)[2]
+    assert all(set(row) == set(Row.__annotations__) for row in rows)
+    return rows, (folder / "table.md").read_text()
+
+
+def test_decode_end_to_end(config, tmp_path, console, add_rival):
+    add_rival("failing:card", "def build(config, length):\n    raise RuntimeError('no card')\n")
+    rows = ("growing", "int8", "transformers:static", "transformers:fp8", "failing:card")
+    config = replace(config, suite="decode", strategies=rows, context=(48, 160, 5000), batch=(1, 2))
+    rows, table = start(config, tmp_path, console, ok=False)
+    figure = {(r["strategy"], r["metric"], r["batch"], r["context"]): r for r in rows}
+    limit = 1024 - config.warmup - config.decode_steps
+    for name in (EXACT, "growing", "int8", "transformers:fp8", "control:same"):
+        for batch in (1, 2):
+            for context in (48, 160, limit):
+                row = figure[name, "decode", batch, context]
+                assert row["n"] == config.repeats * config.decode_steps
+                assert row["p20"] <= row["value"] <= row["p80"] <= row["p99"]
+                assert figure[name, "speedup", batch, context]["n"] == config.repeats
+                for metric in ("throughput", "floor", "floor_share", "bytes_held"):
+                    assert (name, metric, batch, context) in figure
+    assert "5,000 tokens asked, 1,019 fit the model's 1,024 positions" in table
+    assert figure[EXACT, "speedup", 1, 48]["value"] == 1
+    assert figure[EXACT, "decode", 2, 0]["value"] > 0, "the step without context"
+    floors = [figure[name, "floor", 2, limit]["value"] for name in (EXACT, "int8")]
+    assert floors[0] > floors[1]
+    assert figure["int8", "decode", 1, 160]["stats"]["kernels"]
+    failed = [row for row in rows if row["status"] == "failed"]
+    assert {row["strategy"] for row in failed} == {"failing:card"}
+    assert len(failed) == 6, "one per batch and context; the others went on"
+    assert "share of the predicted floor" in table
+    shown = console.file.getvalue()
+    assert shown.index("predicted floor, ms/token") < shown.index("tasks"), "before measuring"
+
+
+def test_decode_says_which_caches_do_not_fit(config, tmp_path, console, monkeypatch):
+    monkeypatch.setattr("evals.suites.decode.free_bytes", lambda device: 780_000)
+    config = replace(config, suite="decode", strategies=("int8",), context=(512,))
+    rows, _ = start(config, tmp_path, console)
+    said = {row["strategy"]: row["note"] for row in rows if row["value"] is None}
+    assert set(said) == {EXACT, "control:same"}
+    assert said[EXACT].startswith("does not fit: needs 0.00 GB")
+
+
+def test_kernel_end_to_end(config, tmp_path, console, monkeypatch):
+    kernel = suites.get("kernel")
+    monkeypatch.setattr(kernel, "SHAPES", (kernel.Shape(2, 3, 16),))
+    monkeypatch.setattr(kernel, "LAYERS", 3)
+    monkeypatch.setattr(kernel, "EVICT", 1 << 16)
+    monkeypatch.setattr("evals.model.load", lambda *_: pytest.fail("it needs no model"))
+    rows = ("int8", "int4(tail=0)+reference")
+    config = replace(config, suite="kernel", strategies=rows, context=(96, 200), repeats=3)
+    rows, table = start(config, tmp_path, console)
+    figure = {(r["strategy"], r["metric"], r["context"], r["case"]): r for r in rows}
+    case = "2 kv heads x 3 queries, D 16, "
+    for name in ("torch:sdpa-float32", "torch:sdpa-bfloat16", "int8+reference", "control:same"):
+        for context in (96, 200):
+            for state in ("warm", "cold"):
+                row = figure[name, "attention", context, case + state]
+                assert (row["n"], row["unit"]) == (config.repeats, "us/call")
+    assert figure["torch:sdpa-float32", "speedup", 96, case + "cold"]["value"] == 1
+    assert figure["control:same", "attention_error", 96, case + "warm"]["value"] == 0
+    assert 0 < figure["int8+reference", "attention_error", 200, case + "warm"]["value"] < 0.02
+    assert (
+        0 < figure["int4(tail=0)+reference", "attention_error", 200, case + "cold"]["value"] < 0.3
+    )
+    assert ("int4(tail=0)+reference+reference", "attention", 96, case + "warm") not in figure
+    assert figure["int8+triton", "attention", 96, case + "warm"]["note"].startswith("does not run")
+    assert "attention, us/call" in table
+
+
+def test_memory_end_to_end(config, tmp_path, console):
+    rows = ("growing", "int8", "transformers:static")
+    config = replace(config, suite="memory", strategies=rows, context=(64, 144), batch=(2,))
+    rows, table = start(config, tmp_path, console)
+    figure = {(r["strategy"], r["metric"], r["context"]): r["value"] for r in rows}
+    for context in (64, 144):
+        assert figure[EXACT, "bytes_per_token", context] == 2 * 2 * 2 * 16 * 4
+        assert figure["int8", "estimate_error", context] == 0
+        assert (EXACT, "bytes_estimated", context) not in figure
+    assert figure["int8", "bytes_held", 144] < figure[EXACT, "bytes_held", 144]
+    assert "batch 2, context 144" in table
+
+
+def test_drift_end_to_end(config, tmp_path, console):
+    config = replace(config, suite="drift", strategies=("int8", "window(length=64)"))
+    rows, table = start(config, tmp_path, console)
+    kl = {(r["strategy"], r["case"]): r["value"] for r in rows if r["metric"] == "kl"}
+    assert kl[EXACT, None] == 0
+    assert kl["window(length=64)", "20-32"] < 1e-9 < kl["window(length=64)", "128-192"]
+    assert {r["context"] for r in rows} == {config.window}
+    assert "KL by position" in table
+
+
+def test_prefill_end_to_end(config, tmp_path, console):
+    config = replace(config, suite="prefill", strategies=("growing",), context=(64, 144))
+    rows, _ = start(config, tmp_path, console)
+    for name in (EXACT, "growing", "control:same"):
+        found = [r for r in rows if (r["strategy"], r["metric"]) == (name, "prefill")]
+        assert [r["context"] for r in found] == [64, 144]
+        assert all(r["n"] == config.repeats for r in found)
+
+
+def test_a_suite_is_one_file(config, tmp_path, console, monkeypatch):
+    (tmp_path / "suites").mkdir()
+    (tmp_path / "suites" / "mine.py").write_text(
+        "from evals.schema import measured\n"
+        "from evals.tables import by_strategy\n"
+        "from evals.task import Task\n"
+        "DEFAULTS, NEEDS = {}, set()\n"
+        "def tasks(bench):\n"
+        "    s = bench.strategies[0]\n"
+        "    yield Task('mine', 'mine', s, lambda: iter([measured('kl', 1.0)]), 1.0)\n"
+        "    yield Task('none', 'none', s, lambda: iter([]), 1.0)\n"
+        "def tables(config, rows):\n"
+        "    return [by_strategy('mine', rows)]\n"
+    )
+    monkeypatch.setattr(suites, "__path__", [*suites.__path__, str(tmp_path / "suites")])
+    rows, table = start(replace(config, suite="mine"), tmp_path, console, ok=False)
+    assert "1.000000" in table
+    assert [row["error"] for row in rows] == [None, "RuntimeError: the task measured nothing"]
+    assert [row["task"] for row in rows] == ["mine", "none"]
+
+
+def test_a_filled_cache_is_as_one_that_was_prefilled(tiny):
+    filler = Filler(tiny, 0)
+    prompt = torch.randint(3, 128, (1, 144), generator=torch.Generator().manual_seed(0))
+    for strategy in resolve(["growing", "int8", "transformers:static", "window(length=64)"]):
+        filled, true = (strategy.build(tiny.config, 160) for _ in range(2))
+        filler.fill(filled, 1, 144)
+        step(tiny, true, prompt)
+        assert filled.get_seq_length() == 144
+        for ours, theirs in zip(filled.layers, true.layers, strict=True):
+            assert ours.keys.shape == theirs.keys.shape
+            assert ours.keys.dtype == theirs.keys.dtype
+        assert held_bytes(filled) == held_bytes(true)
+        exact_length = strategy.build(tiny.config, 144)
+        filler.fill(exact_length, 1, 144)
+        assert filler.stored_bytes(strategy, 144) == held_bytes(exact_length)
+
+
+def test_a_race_alternates_and_goes_on_without_those_that_fall():
+    order = []
+    a, b, c = (Strategy(name) for name in "abc")
+
+    def runner(name):
+        def lap():
+            order.append(name)
+            if name == "b" and len(order) > 3:
+                raise RuntimeError("out")
+            return [float(len(order))]
+
+        return lap
+
+    laps = race({s: runner(s.name) for s in (a, b, c)}, 3, lambda: None)
+    assert "".join(order) == "abccbaac"
+    assert isinstance(laps[b], RuntimeError)
+    assert len(laps[a]) == len(laps[c]) == 3
+    assert speedup([[2.0], [4.0]], [[4.0, 4.0], [4.0]])["value"] == 1.5
+    assert speedup([[1.0]], RuntimeError()) is None
+
+
+def test_noise_is_what_the_reference_differs_from_itself():
+    def row(name, metric, value, context=8):
+        place = {"strategy": name, "batch": 1, "context": context, "case": None}
+        return measured(metric, value) | place
+
+    rows = [
+        row(EXACT, "decode", 100.0),
+        row("control:same", "decode", 104.0),
+        row("near", "decode", 97.0),
+        row("far", "decode", 80.0),
+        row(EXACT, "decode", 100.0, 16),
+        row("near", "decode", 97.0, 16),
+    ]
+    noise = Noise(rows)
+    flags = [noise.flag(r, r["value"] / 100) for r in rows]
+    assert flags == ["", "", " ≈", "", "", " ≈"], "where it is not known, the typical noise"
+    assert "decode by 4.0 %" in noise.lines()[0]
+    assert Noise(rows[2:]).lines() == []
+    assert Noise(rows[2:]).flag(rows[2], 1.01) == ""
