@@ -35,6 +35,7 @@ class Buffer:
         self.steady = steady
         self.tensors: dict[str, Tensor] = {}
         self.start = self.end = 0
+        self._latest: tuple[tuple, dict[str, Tensor]] = ((), {})  # what `read` returned last
 
     def __len__(self) -> int:
         return self.end - self.start
@@ -55,9 +56,13 @@ class Buffer:
 
     def read(self, begin: int = 0, end: int | None = None) -> dict[str, Tensor]:
         """Rows begin:end of those in use, without copying."""
-        stop = self.end if end is None else self.start + end
         first = self.start + begin
-        return {name: x.narrow(2, first, stop - first) for name, x in self.tensors.items()}
+        n = (self.end if end is None else self.start + end) - first
+        key = (first, n)
+        if self._latest[0] != key:  # blocks are read many times before there is one more
+            rows = {name: x.narrow(2, first, n) for name, x in self.tensors.items()}
+            self._latest = (key, rows)
+        return self._latest[1]
 
     def drop_first(self, n: int) -> None:
         """Forget the first n rows, and give memory back where more is idle than growth leaves."""
@@ -81,6 +86,7 @@ class Buffer:
     def clear(self) -> None:
         """Forget everything and give the memory back."""
         self.tensors, self.start, self.end = {}, 0, 0
+        self._latest = ((), {})
 
     def _make_room(self, n: int, rows: dict[str, Tensor]) -> None:
         live = len(self)
@@ -106,6 +112,7 @@ class Buffer:
             name: self.place.empty((*x.shape[:2], capacity, *x.shape[3:]), x.dtype, self.device)
             for name, x in like.items()
         }
+        self._latest = ((), {})
         for name, x in live.items():
             self.tensors[name][:, :, : len(self)] = x
         self.start, self.end = 0, len(self)

@@ -31,9 +31,9 @@ class Layer(RowOperations, CacheLayerMixin):
     """Keys and values of one attention layer.
 
     New tokens go to the tail, in full precision; once attention has seen them, whole blocks leave
-    it: they are encoded once, placed once, and never touched again. With `exact` on the device no
-    block is ever cut and `update` returns plain tensors; otherwise it returns views that a kernel
-    reads.
+    it: they are encoded once, placed once, and never touched again. `update` returns views that a
+    kernel reads. With `exact` on the device no block is ever cut, and it returns plain tensors,
+    but where a kernel reads these faster than torch does.
 
     Columns count tokens from the start of the sequence, padding included. `Physical` columns are
     those still stored: blocks first, tail last, the newest token always the last one. Visible
@@ -265,10 +265,15 @@ class Layer(RowOperations, CacheLayerMixin):
                 head = self.pins.at(first, self.padding, lambda: self._read(first, start))
         blocks, skip = self._blocks_from(start)
         tail = self.tail.read(max(0, start - self._tail_start()))
-        if head is None and not blocks and not (S <= 8 and self.kernel.name == "numba"):
+        if head is None and not blocks and not self._kernel_reads_plain(S, tail["k"].shape[2]):
             return tail["k"], tail["v"]
         stored = Stored(self.strategy.codec, head, blocks, skip, (tail["k"], tail["v"]))
         return views(stored, self.kernel, self.stats)
+
+    def _kernel_reads_plain(self, S: int, T: int) -> bool:
+        wanted = self.kernel.reads_plain(S, T)
+        # real tensors for autograd and for the compiler
+        return wanted and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
 
     def _read(self, begin: int, end: int) -> tuple[Tensor, Tensor]:
         """Columns begin:end, decoded where encoded, without pins: [B, H, end - begin, D]."""

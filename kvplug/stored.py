@@ -36,7 +36,9 @@ class Stored:
     @property
     def block_count(self) -> int:
         """N."""
-        return next((x.shape[2] for x in self.blocks.values()), 0)
+        for x in self.blocks.values():
+            return x.shape[2]
+        return 0
 
     @property
     def length(self) -> int:
@@ -49,6 +51,11 @@ class Stored:
             + self.tail[0].shape[2]
             + self.empty
         )
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the tail is all there is: a dense tensor already."""
+        return not self.head and not self.blocks and not self.empty
 
     def pieces(self, blocks_at_once: int = 1) -> Iterator[tuple[Tensor, Tensor]]:
         """Keys [B, H, t, Dk] and values [B, H, t, Dv] piece by piece, in column order."""
@@ -66,6 +73,8 @@ class Stored:
 
     def dense(self) -> tuple[Tensor, Tensor]:
         """Keys [B, H, T, Dk] and values [B, H, T, Dv], decoded, in the model's dtype."""
+        if self.is_plain:
+            return self.tail
         keys, values = (
             list(side) for side in zip(*self.pieces(max(self.block_count, 1)), strict=True)
         )

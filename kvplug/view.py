@@ -57,8 +57,9 @@ class View(torch.Tensor):
         return view
 
     def materialise(self, reason: str) -> Tensor:
-        """The dense tensor of this view's shape; counted under `reason`."""
-        self._stats.materialise(reason)
+        """The dense tensor of this view's shape; counted under `reason` where it must be made."""
+        if not self._stored.is_plain:
+            self._stats.materialise(reason)
         dense = self._stored.dense()[self._side]
         if self.dim() == 5:
             return dense[:, :, None].expand(self.shape)

@@ -2,12 +2,13 @@
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from numba import njit
 
 from kvplug.kernels import simd
 from kvplug.kernels.simd import LANES
+from kvplug.testing.tools import DRAWN
 
 FLOATS = st.floats(-1e4, 1e4, width=32)
 VECTORS = st.lists(FLOATS, min_size=LANES, max_size=LANES).map(lambda x: np.array(x, np.float32))
@@ -58,6 +59,7 @@ def answer(function, *args):
     return out
 
 
+@settings(DRAWN)
 @given(x=VECTORS, y=VECTORS, z=VECTORS)
 def test_arithmetic(x, y, z):
     for function, args in (
@@ -74,6 +76,7 @@ def test_arithmetic(x, y, z):
     np.testing.assert_allclose(total, x.sum(dtype=np.float64), atol=0.1)
 
 
+@settings(DRAWN)
 @given(x=st.lists(st.floats(-200, 0, width=32), min_size=LANES, max_size=LANES))
 def test_exp2(x):
     """Relative error of a few float32 roundings; what is too small is zero."""

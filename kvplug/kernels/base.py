@@ -60,6 +60,10 @@ class Kernel(Stage):
         """
         return None
 
+    def reads_plain(self, S: int, T: int) -> bool:
+        """Whether it reads T plain tokens for S new ones faster than torch's own attention."""
+        return False
+
     def resolve(self, codec: Codec, device: torch.device, dtype: torch.dtype) -> Kernel:
         """The kernel that runs: itself, or a SpecError with the reason; `auto` chooses."""
         if reason := self.refuses(codec, device, dtype):
