@@ -18,9 +18,15 @@ EXAMPLES = """examples:
   python -m evals run --suite decode --context 2048,6000 --batch 1
   python -m evals run --strategies int4,sinks(sinks=4, window=1020)+int8 --context 6000
   python -m evals run config.toml --model Qwen/Qwen3-0.6B --dry-run
-  python -m evals report results/*
+  python -m evals report results/* --html report.html
   python -m evals compare results/OLD results/NEW
 """
+WRITTEN = {
+    "html": "one page",
+    "csv": "one table, every row",
+    "latex": "one longtable",
+    "parquet": "one table, every row",
+}
 INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 
 
@@ -48,8 +54,10 @@ def parser() -> argparse.ArgumentParser:
     )
     run.add_argument("--dry-run", action="store_true", help="show the plan, measure nothing")
     run.add_argument("--again", action="store_true", help="discard what this config has measured")
-    again = commands.add_parser("report", help="render tables and picture again from a run's files")
+    again = commands.add_parser("report", help="render tables, picture and page from a run's files")
     again.add_argument("folders", type=Path, nargs="+", metavar="DIR")
+    for kind, what in WRITTEN.items():
+        again.add_argument(f"--{kind}", type=Path, metavar="FILE", help=f"{what} of all DIRs")
     two = commands.add_parser("compare", help="the figures of two runs, as ratios")
     two.add_argument("folders", type=Path, nargs=2, metavar="DIR")
     commands.add_parser("list", help="suites, rows by default, rivals, metrics")
@@ -119,10 +127,21 @@ def validate(given: dict[str, Any], console: Console) -> int:
 
 
 def report(given: dict[str, Any], console: Console) -> int:
-    """Render results again."""
+    """Render results again, each in its folder, and all of them in the files asked for."""
+    from evals.export import WRITERS
     from evals.report import render
+    from evals.runs import load
 
-    return 0 if all([render(folder, console) for folder in folders(given)]) else 1
+    good = all([render(folder, console) for folder in folders(given)])
+    for kind in WRITTEN:
+        if path := given[kind]:
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                WRITERS[kind](load(given["folders"]), path)
+            except OSError as error:
+                raise ConfigError(f"cannot write {path}: {error}") from error
+            console.print(f"{path}", highlight=False, markup=False)
+    return 0 if good else 1
 
 
 def compare(given: dict[str, Any], console: Console) -> int:

@@ -8,15 +8,16 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from evals import data, drift, greedy, model, strategies
+from evals import data, drift, greedy, model, strategies, suites
 from evals.fill import Filler
 from evals.machine import Machine
+from evals.pace import Pace
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from rich.console import Console
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from evals.config import Config
     from evals.strategies import Strategy
@@ -30,6 +31,8 @@ class Bench:
     strategies: list[Strategy]  # the exact cache first
     device: torch.device
     model: PreTrainedModel | None = None
+    tokenizer: PreTrainedTokenizerBase | None = None
+    text: str = ""
     ids: torch.Tensor | None = None  # [N], the tokens of the text
     fingerprints: dict[str, str] = field(default_factory=dict)  # of model and dataset
     tick: Callable[[], None] = lambda: None  # set by the run: a step of the present task is done
@@ -45,9 +48,10 @@ class Bench:
         torch.manual_seed(config.seed)
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         bench = cls(config, rows, device)
+        need = max(part.tokens for part in suites.parts(config).values())
         if "text" in needs:
             with console.status("taking the data"):
-                corpus = data.load(config.dataset)
+                corpus = data.load(config.dataset, need)
             if corpus.notice:
                 console.print(corpus.notice, style="yellow", markup=False)
             # What the default came out as, so that the hash tells WikiText-2 from other text.
@@ -55,13 +59,31 @@ class Bench:
             bench.fingerprints["dataset"] = corpus.fingerprint
         if "model" in needs:
             with console.status(f"fetching and loading the model {config.model!r}"):
-                bench.model, tokenizer, name = model.load(config.model, config.dtype)
+                bench.model, bench.tokenizer, name = model.load(config.model, config.dtype)
             bench.fingerprints["model"] = name
             bench.device = bench.model.device
         if "text" in needs:
-            need = max(max(config.batch) * max(config.context), config.windows * config.window)
-            bench.ids = corpus.tokens(tokenizer, need).to(bench.device)
+            bench.text = corpus.text
+            bench.ids = corpus.tokens(bench.tokenizer, need).to(bench.device)
         return bench
+
+    def part(self, config: Config) -> Bench:
+        """Return a bench for another suite of the same run: the same model, text and machine."""
+        rows = strategies.resolve(config.strategies)
+        part = replace(
+            self,
+            config=replace(config, dataset=self.config.dataset),
+            strategies=rows,
+            tick=lambda: self.tick(),  # what the run sets later
+            save=lambda *args, **kwargs: self.save(*args, **kwargs),
+        )
+        part.machine, part.filler, part.pace = self.machine, self.filler, self.pace
+        return part
+
+    def forget(self) -> None:
+        """Free what the exact cache made of the text, which may be gigabytes."""
+        for name in ("exact", "exact_tokens"):
+            self.__dict__.pop(name, None)
 
     @property
     def placement(self) -> str:
@@ -86,6 +108,11 @@ class Bench:
     def filler(self) -> Filler:
         """Fills caches of this model."""
         return Filler(self.model, self.config.seed)
+
+    @cached_property
+    def pace(self) -> Pace:
+        """Predicts how long strategies take."""
+        return Pace(self.machine, self.filler, self.config.chunk)
 
     @cached_property
     def exact(self) -> list[list[torch.Tensor]]:
@@ -130,13 +157,8 @@ class Bench:
                     seen.add(context)
                     yield batch, context, note
 
-    def step_seconds(self, batch: int, context: int) -> float:
-        """Predict a decode step with the exact cache."""
-        return (
-            self.machine.step(batch)
-            + self.filler.exact_bytes(batch, context) / self.machine.bandwidth
+    def answer_seconds(self, strategy: Strategy, batch: int, context: int, steps: int) -> float:
+        """Predict a prefill in one forward, and decode steps after it."""
+        return batch * self.machine.prefill(context) + steps * self.pace.step(
+            strategy, batch, context
         )
-
-    def prefill_seconds(self, batch: int, context: int) -> float:
-        """Predict a prefill."""
-        return batch * context / self.machine.prefill_rate

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from evals import report, suites
 from evals.noise import INSIDE, TIMED, Noise
-from evals.schema import METRICS
+from evals.schema import METRICS, label
 from evals.tables import ARROWS, Table
 
 if TYPE_CHECKING:
@@ -48,7 +48,10 @@ def compare(before: Path, after: Path) -> Table:
 def _figures(folder: Path) -> tuple[dict[Place, Row], Noise]:
     config, _, rows = report.read(folder)
     found = {
-        (row["strategy"], row["metric"], row["batch"], row["context"], row.get("case")): row
+        (
+            *(row[name] for name in ("strategy", "metric", "batch", "context")),
+            label(row.get("case")),
+        ): row
         for row in rows
         if row["value"] is not None
     }

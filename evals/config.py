@@ -51,7 +51,8 @@ class Config:
     model: str = option("packaged", "packaged (SmolLM2-135M-Instruct), a Hub id or a local folder")
     dataset: str | None = option(
         None,
-        "a Hub id[:config[:split]], a local file or folder; else WikiText-2, or Python's own docs",
+        "wikitext-2, wikitext-103, pg19, c4, lambada, a Hub id[:config[:split]], a local file or "
+        "folder; else WikiText-2, or Python's own docs",
     )
     strategies: tuple[str, ...] = option(
         STRATEGIES, "rows, with commas between: see `python -m evals list`"
@@ -67,6 +68,7 @@ class Config:
     window: int = option(2048, "tokens in a window")
     chunk: int = option(64, "tokens fed at once: what is not fed in chunks never reads the cache")
     skip: int = option(256, "first positions of each window that do not count")
+    trials: int = option(2, "times that every length, depth and number of keys is asked for")
     threads: int | None = option(None, "CPU threads of torch; without it torch's own choice")
     seed: int = option(0, "seed of torch and of all random K/V")
 
@@ -91,6 +93,11 @@ class Config:
             raise ConfigError(
                 f"skip={self.skip}: accepted are 0 to {self.window - 2}, two less than window"
             )
+
+    @property
+    def tokens(self) -> int:
+        """The tokens of text that this run cannot do without."""
+        return max(max(self.batch) * max(self.context), self.windows * self.window)
 
     @property
     def key(self) -> str:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 READ = {"cpu": 1 << 28, "cuda": 1 << 30}  # bytes, several times any cache of the processor
 WARMUP, STEPS = 4, 8
-PROMPT = 128
+PROMPTS = 128, 1024  # tokens
 
 
 class Machine:
@@ -38,11 +38,24 @@ class Machine:
         looked_up = head is None or head.weight is not table
         return sum(p.nbytes for p in self.model.parameters()) - looked_up * table.nbytes
 
+    def prefill(self, tokens: int) -> float:
+        """Seconds of one forward over a prompt, by what short and longer ones take."""
+        flat, bent = self._prefill
+        return flat * tokens + bent * tokens**2
+
     @cached_property
-    def prefill_rate(self) -> float:
-        """Prompt tokens per second, short prompts."""
-        prompt = torch.ones(1, PROMPT, dtype=torch.long, device=self.model.device)
-        return PROMPT / min(clock.step(self.model, None, prompt)[1] for _ in range(2))
+    def _prefill(self) -> tuple[float, float]:
+        """Seconds per token, and per token squared."""
+        text = self.model.config.get_text_config(decoder=True)
+        limit = getattr(text, "max_position_embeddings", None) or PROMPTS[1]
+        lengths = [min(tokens, limit // part) for tokens, part in zip(PROMPTS, (2, 1), strict=True)]
+        rates = []
+        for tokens, times in zip(lengths, (2, 1), strict=True):  # the first of all warms up
+            prompt = torch.ones(1, tokens, dtype=torch.long, device=self.model.device)
+            took = min(clock.step(self.model, None, prompt)[1] for _ in range(times))
+            rates.append(took / tokens)
+        bent = max(0.0, (rates[1] - rates[0]) / (lengths[1] - lengths[0]))
+        return max(rates[0] - bent * lengths[0], 0.0) or rates[1], bent
 
     def step(self, batch: int) -> float:
         """Seconds of one decode step that has next to no context."""

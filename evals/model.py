@@ -22,6 +22,8 @@ from typing import TYPE_CHECKING
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from evals import processes
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -39,12 +41,15 @@ def load(
     name: str = PACKAGED, dtype: str = "float32"
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, str]:
     """Return a model, its tokenizer and a fingerprint of its weights. Accelerate decides where the
-    model goes.
+    model goes: over all devices, or one device per process.
     """
     source = dequantized() if name == PACKAGED else name
     tokenizer = AutoTokenizer.from_pretrained(source)
+    here = processes.state()
     model = AutoModelForCausalLM.from_pretrained(
-        source, dtype=getattr(torch, dtype), device_map="auto"
+        source,
+        dtype=getattr(torch, dtype),
+        device_map="auto" if here.num_processes == 1 else {"": here.device},
     ).eval()
     return model, tokenizer, _fingerprint(name, model)
 

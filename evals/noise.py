@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 from typing import TYPE_CHECKING
 
+from evals.schema import label
 from evals.strategies import EXACT
 
 if TYPE_CHECKING:
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
 
 SAME = "control:same"
 INSIDE = "≈"  # no further from the reference than the reference from itself
-TIMED = ("prefill", "decode", "attention")
+TIMED = ("prefill", "decode", "attention", "generate")
 
 
 class Noise:
@@ -61,4 +62,4 @@ class Noise:
 
 
 def _place(row: Row) -> tuple:
-    return row["metric"], row["batch"], row["context"], row.get("case")
+    return row["metric"], row["batch"], row["context"], label(row.get("case"))

@@ -15,10 +15,12 @@ AREA = 700  # of the fastest strategy's mark, in points squared
 
 
 def draw(rows: list[Row], caption: str) -> bytes | None:
-    """Return a PNG with a mark for every strategy that has bytes, KL and decode speed, if any."""
+    """Return a PNG with a mark for every strategy that has bytes, KL and decode speed, if any, from
+    the suite that measures all three at one place.
+    """
     figures: dict[str, dict[str, float]] = {}
     for row in rows:
-        if row["value"] is not None:
+        if row["value"] is not None and row["suite"] == "quick":
             figures.setdefault(row["strategy"], {})[row["metric"]] = row["value"]
     whole = {name: f for name, f in figures.items() if {"bytes_held", "kl", "decode"} <= f.keys()}
     if not whole:

@@ -1,16 +1,15 @@
-"""Tables and picture from a run's files, and from nothing else."""
+"""Tables, picture and page from a run's files, and from nothing else."""
 
 from __future__ import annotations
 
-import json
 from typing import TYPE_CHECKING, Any
 
 from rich.box import SIMPLE
 from rich.table import Table as Grid
 from rich.text import Text
 
-from evals import picture, suites
-from evals.store import load_rows
+from evals import export, picture, suites
+from evals.runs import load, read
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -21,30 +20,9 @@ if TYPE_CHECKING:
     from evals.tables import Table
 
 
-def read(folder: Path) -> tuple[dict[str, Any], dict[str, Any], list[Row]]:
-    """Return config, environment and rows of a run, finished or not.
-
-    Rows come in the order of the config's strategies, also where a failed one was measured again
-    later: the reference first, controls and other baselines last.
-    """
-    config, env = (
-        json.loads((folder / name).read_text(encoding="utf-8"))
-        for name in ("config.json", "env.json")
-    )
-    rows = load_rows(folder / "rows.jsonl")
-    place = {name: number for number, name in enumerate(config["strategies"])}
-    place[suites.reference(config.get("suite", "quick"))] = -1
-
-    def order(row: Row) -> int:
-        name = row["strategy"]  # one that is in the config, or that with a kernel added
-        return place.get(name, place.get(name.rpartition("+")[0], len(place)))
-
-    return config, env, sorted(rows, key=order)
-
-
 def render(folder: Path, console: Console) -> bool:
-    """Write table.md and, where there is one, picture.png into the run's folder, show the tables;
-    say whether no row failed.
+    """Write table.md, report.html and, where there is one, picture.png into the run's folder, show
+    the tables; say whether no row failed.
     """
     config, env, rows = read(folder)
     suite = suites.get(config.get("suite", "quick"))
@@ -53,6 +31,7 @@ def render(folder: Path, console: Console) -> bool:
     (folder / "table.md").write_text(markdown(tables, failures, under), encoding="utf-8")
     if png := picture.draw(rows, under[0]):
         (folder / "picture.png").write_bytes(png)
+    export.page(load([folder]), folder / "report.html")
 
     console.print(folder.name, style="bold", highlight=False)
     for table in tables:

@@ -7,6 +7,7 @@ from dataclasses import asdict
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
+from rich.console import Console
 from rich.progress import (
     BarColumn,
     Progress,
@@ -16,16 +17,14 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from evals import env, report, store, suites
+from evals import env, processes, report, store, suites
 from evals.bench import Bench
 from evals.schema import failed
 from evals.tables import Table
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
     from pathlib import Path
-
-    from rich.console import Console
 
     from evals.config import Config
     from evals.schema import Row
@@ -38,30 +37,47 @@ def run(
     """Measure, write `out/<config hash>/` and show the tables; say whether no row failed.
 
     Tasks that an earlier run of the same config finished are not measured again; `again` discards
-    them. `dry` only shows the plan.
+    them. `dry` only shows the plan. Of several processes the main one speaks, and keeps the files.
     """
+    here = processes.state()
     suite = suites.get(config.suite)
-    bench = Bench.prepare(config, suite.NEEDS, console)
+    if not here.is_main_process:
+        console = Console(quiet=True)
+    with here.main_process_first():  # fetching a model and timing the machine disturb each other
+        bench = Bench.prepare(config, suite.NEEDS, console)
+        tasks = list(suite.tasks(bench))
     config = bench.config
-    tasks = list(suite.tasks(bench))
     folder = out / config.key
+    place = env.describe(bench.fingerprints, bench.placement, config.seed)
+    source = provenance(config, place)
     if dry:
         plan(bench, tasks, folder, console)
         return True
+    if not here.is_main_process:
+        mine, _ = processes.split(unfinished(tasks, []))
+        measure(bench, mine, store.Shard(folder, here.process_index), source, console)
+        here.wait_for_everyone()
+        return True
+
     if again:
         store.discard(folder)
-    place = env.describe(bench.fingerprints, bench.placement, config.seed)
-    results = store.Results(folder, asdict(config), place)
-    todo = [task for task in tasks if task.key not in results.finished]
+    results = store.Results(folder, described(config), place)
+    todo = unfinished(tasks, results.finished)
     if not todo:
         console.print(f"complete, nothing to measure; --again measures anew: {folder}")
+        here.wait_for_everyone()
         return report.render(folder, console)
     if len(todo) < len(tasks):
         console.print(f"{len(tasks) - len(todo)} of {len(tasks)} tasks are finished: {folder}")
     for table in suite.forecast(bench) if hasattr(suite, "forecast") else []:
         report.show(table, console)
+    mine, alone = processes.split(todo)
     try:
-        measure(bench, todo, results, provenance(config, place), console)
+        measure(bench, mine, results, source, console)
+        here.wait_for_everyone()
+        results.merge()
+        if alone:
+            measure(bench, alone, results, source, console)
     except KeyboardInterrupt:
         report.render(folder, console)
         console.print(f"interrupted: the same command goes on where this stopped ({folder})")
@@ -69,10 +85,24 @@ def run(
     return report.render(folder, console)
 
 
+def unfinished(tasks: list[Task], finished: Iterable[str]) -> list[Task]:
+    """Return the tasks that the main process has not found finished."""
+    done = processes.agree(sorted(finished))
+    return [task for task in tasks if task.key not in done]
+
+
+def described(config: Config) -> dict[str, Any]:
+    """Return what goes into config.json: of a suite made of others, each one's config too."""
+    told = asdict(config)
+    if list(parts := suites.parts(config)) != [config.suite]:
+        told["parts"] = {name: asdict(part) for name, part in parts.items()}
+    return told
+
+
 def measure(
     bench: Bench,
     tasks: list[Task],
-    results: store.Results,
+    results: store.Shard,
     source: dict[str, Any],
     console: Console,
 ) -> None:
@@ -136,7 +166,7 @@ def line(row: dict[str, Any], task: Task, last: bool, source: dict[str, Any]) ->
     """Return a measured row with all that says where it is from."""
     whose = {"strategy": task.strategy.name, "spec": task.strategy.spec}
     now = datetime.now(UTC).isoformat(timespec="seconds")
-    return {"task": task.key, "done": last} | whose | source | row | {"time": now}
+    return {"task": task.key, "done": last} | whose | source | task.place | row | {"time": now}
 
 
 def provenance(config: Config, place: dict[str, Any]) -> dict[str, Any]:
@@ -160,11 +190,10 @@ def plan(bench: Bench, tasks: list[Task], folder: Path, console: Console) -> Non
     body = [
         [task.key, task.title, f"{task.seconds:.0f}", f"{task.nbytes / 1e6:.0f}"] for task in tasks
     ]
-    total = sum(task.seconds for task in tasks)
     peak = max(task.nbytes for task in tasks)
     said = (
-        f"{len(tasks)} tasks, about {total / 60:.1f} minutes and {peak / 1e9:.2f} GB on top of the "
-        f"model; rough: a slow strategy takes several times as long. Would write {folder}."
+        f"{len(tasks)} tasks, {processes.caption(tasks)} and {peak / 1e9:.2f} GB on top of the "
+        f"model, predicted from a step of each strategy. Would write {folder}."
     )
     report.show(Table("plan", ["task", "measures", "s", "MB"], body, [said]), console)
     suite = suites.get(bench.config.suite)

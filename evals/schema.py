@@ -63,13 +63,28 @@ METRICS = {
         "higher",
         "leading greedy tokens equal to the exact cache's; spread over the batch",
     ),
+    "edit_distance": Metric(
+        "1", "lower", "tokens to change into the exact cache's, over their number; over the batch"
+    ),
+    "exact_match": Metric("1", "higher", "share of continuations equal to the exact cache's"),
+    "rouge1": Metric("1", "higher", "ROUGE-1 F1 against the exact cache's text"),
+    "rougeL": Metric("1", "higher", "ROUGE-L F1 against the exact cache's text"),
+    "retrieval": Metric(
+        "1", "higher", "share of hidden words more likely than the others that could be the answer"
+    ),
+    "retrieval_greedy": Metric(
+        "1", "higher", "share of hidden words that are what greedy decoding says"
+    ),
+    "generate": Metric("s", "lower", "all tokens of an answer, one by one after a short prompt"),
+    "cache_gain": Metric("x", "higher", "times as fast as no cache, which recomputes every token"),
+    "exponent": Metric("1", "lower", "slope of log time over log length, least squares"),
 }
 
 
 class Row(TypedDict):
     """One line of rows.jsonl."""
 
-    suite: str  # a file of evals/suites
+    suite: str  # a file of evals/suites; of a suite made of others, the part
     task: str  # what was measured together
     done: bool  # whether this is the task's last row
     strategy: str  # the row's name, as accepted by --strategies
@@ -98,7 +113,7 @@ class Row(TypedDict):
     threads: int
     batch: int
     context: int
-    case: str | None  # what else tells rows apart: a bucket of positions, the shape of a kernel
+    case: str | dict[str, float] | None  # what else tells rows apart: a bucket, a kernel's shape
     time: str  # UTC, ISO 8601, when the row was written
 
 
@@ -143,6 +158,15 @@ def failed(error: Exception) -> dict[str, Any]:
         "error": f"{type(error).__name__}: {error}",
         "n": 0,
     }
+
+
+def label(case: str | dict[str, float] | None) -> str | None:
+    """Return a row's case as text, which can be shown and be a key.
+
+    >>> label({"length": 512, "depth": 0.5, "keys": 1})
+    'length 512, depth 0.5, keys 1'
+    """
+    return ", ".join(f"{k} {v:g}" for k, v in case.items()) if isinstance(case, dict) else case
 
 
 def at(row: dict[str, Any], strategy: Strategy | None = None, **place: Any) -> dict[str, Any]:

@@ -4,6 +4,9 @@ Rows are written one at a time and reach the disk before the next is measured. A
 the same command goes on: tasks that finished are not measured again, rows of the one that did not,
 or that failed, are dropped, and a last line that was cut off too. Rows of another config are in
 another folder; rows measured in another environment are refused.
+
+Where several processes measure, each but the main one appends to a file of its own, `rows.N.jsonl`,
+which the main one takes into `rows.jsonl`; whoever reads the rows reads both.
 """
 
 from __future__ import annotations
@@ -19,7 +22,7 @@ import evaluate
 from evals.config import ConfigError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
     from pathlib import Path
 
     from evals.schema import Row
@@ -29,22 +32,12 @@ class WriteFailed(RuntimeError):
     """A result could not be written: the run stops, since what it measures would be lost."""
 
 
-class Results:
-    """The files of a run, and which of its tasks are finished."""
+class Shard:
+    """What one process adds to a run's folder."""
 
-    def __init__(self, folder: Path, config: dict[str, Any], env: dict[str, Any]) -> None:
-        """Make the folder, or take up the one that is there."""
-        self.folder, self.path = folder, folder / "rows.jsonl"
-        with writing(folder):
-            folder.mkdir(parents=True, exist_ok=True)
-            _write(folder / "config.json", config)
-            rows = load_rows(self.path)
-            if rows:
-                _check_same(folder, json.loads((folder / "env.json").read_text("utf-8")), env)
-            _write(folder / "env.json", env)
-            self.finished = _finished(rows)
-            kept = "".join(_line(row) for row in rows if row["task"] in self.finished)
-            _replace(self.path, kept)
+    def __init__(self, folder: Path, process: int) -> None:
+        self.folder = folder
+        self.path = folder / (f"rows.{process}.jsonl" if process else "rows.jsonl")
 
     def append(self, row: Row) -> None:
         """Write one row, and have the disk say that it is there."""
@@ -60,6 +53,36 @@ class Results:
             evaluate.save(self.folder / kind / f"{name}.json", **result)
 
 
+class Results(Shard):
+    """The files of a run, and which of its tasks are finished: for the main process only."""
+
+    def __init__(self, folder: Path, config: dict[str, Any], env: dict[str, Any]) -> None:
+        """Make the folder, or take up the one that is there."""
+        super().__init__(folder, 0)
+        with writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            rows = load_rows(self.path)
+            if rows:
+                for name, now in (("config.json", config), ("env.json", env)):
+                    _check_same(folder, json.loads((folder / name).read_text("utf-8")), now)
+            _write(folder / "config.json", config)
+            _write(folder / "env.json", env)
+        self.finished = _finished(rows)
+        self._keep(row for row in rows if row["task"] in self.finished)
+
+    def merge(self) -> None:
+        """Take in what the other processes appended."""
+        if _shards(self.path):
+            self._keep(load_rows(self.path))
+
+    def _keep(self, rows: Iterable[Row]) -> None:
+        """Have these rows and no others, all in the one file."""
+        with writing(self.path):
+            _replace(self.path, "".join(map(_line, rows)))
+            for path in _shards(self.path):
+                path.unlink()
+
+
 def discard(folder: Path) -> None:
     """Delete a run's results."""
     with writing(folder):
@@ -68,17 +91,22 @@ def discard(folder: Path) -> None:
 
 
 def load_rows(path: Path) -> list[Row]:
-    """Return the rows of a file, without a last line that was cut off."""
-    if not path.exists():
-        return []
-    lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
-    rows = []
-    for number, line in enumerate(lines[:-1], 1):  # what follows the last newline is cut off
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError as error:
-            raise ConfigError(f"{path}, line {number} is damaged: {error}") from error
-    return rows
+    """Return the rows of a file and of those that other processes left beside it, without last
+    lines that were cut off.
+    """
+    rows: dict[str, Row] = {}  # a line that was taken in, and whose file was not yet deleted, once
+    for part in [path] * path.exists() + _shards(path):
+        lines = part.read_text(encoding="utf-8", errors="replace").split("\n")
+        for number, line in enumerate(lines[:-1], 1):  # what follows the last newline is cut off
+            try:
+                rows[line] = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise ConfigError(f"{part}, line {number} is damaged: {error}") from error
+    return list(rows.values())
+
+
+def _shards(path: Path) -> list[Path]:
+    return sorted(path.parent.glob(f"{path.stem}.*{path.suffix}"))
 
 
 @contextmanager
@@ -97,7 +125,7 @@ def _finished(rows: list[Row]) -> set[str]:
 
 
 def _check_same(folder: Path, was: dict[str, Any], now: dict[str, Any]) -> None:
-    for name, value in now.items():
+    for name, value in json.loads(json.dumps(now)).items():  # as a file has it: lists, no tuples
         if was.get(name) != value:
             raise ConfigError(
                 f"{folder} has rows measured with {name} {was.get(name)!r}, now it is {value!r}: "

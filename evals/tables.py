@@ -60,6 +60,10 @@ COLUMNS: dict[str, tuple[str, Show]] = {
     "kl": ("KL, nat", number(6)),
     "top1": ("top-1", number(4)),
     "greedy": ("greedy, tokens", number(0)),
+    "edit_distance": ("edit distance", number(3)),
+    "exact_match": ("exact match", number(2)),
+    "rouge1": ("ROUGE-1", number(3)),
+    "rougeL": ("ROUGE-L", number(3)),
 }
 
 

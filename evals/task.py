@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -15,8 +15,9 @@ if TYPE_CHECKING:
 class Task:
     """A piece of a suite. `rows` yields what `schema.measured` and `schema.failed` return.
 
-    A row is the task's strategy's unless it names its own (`schema.at`). An exception ends the task
-    with a failed row; a task that measures several strategies yields `failed` for one and goes on.
+    A row is the task's strategy's, and of its `place`, unless it names its own (`schema.at`). An
+    exception ends the task with a failed row; a task that measures several strategies yields
+    `failed` for one and goes on.
     """
 
     key: str  # the same in every run of the same config
@@ -26,3 +27,5 @@ class Task:
     seconds: float  # predicted, roughly
     nbytes: int = 0  # predicted memory on top of the model
     steps: int = 1  # how often it calls `bench.tick`
+    place: dict[str, Any] = field(default_factory=dict)  # suite, batch, context or case of its rows
+    shared: bool = False  # none of its figures is a time: it may run while other processes work

@@ -162,6 +162,17 @@ def test_threads_follow_torch():
     torch.testing.assert_close(*answers, atol=1e-6, rtol=1e-6)
 
 
+def test_the_first_call_leaves_torch_its_threads():
+    """Numba's pool and torch's are one, and starting it sets the number of threads of both."""
+    code = (
+        "import torch, kvplug; torch.set_num_threads(1)\n"
+        "from kvplug.testing.tools import prompt, tiny_llama\n"
+        "model = tiny_llama(); model.generate(prompt(100), cache_implementation='int8')\n"
+        "assert torch.get_num_threads() == 1, torch.get_num_threads()"
+    )
+    run([sys.executable, "-c", code], NUMBA_NUM_THREADS="2")
+
+
 def test_two_python_threads_at_once():
     stored = random_stored(kvplug.parse("int8").codec, N=9, R=3)
     query = normal(1, 4, 1, 16, seed=1)

@@ -9,7 +9,8 @@ has
     tables(config, rows)      returns `Table`s, from what the result files say and nothing else
 
 and, where there is something to say before measuring, `forecast(bench)`, which returns `Table`s.
-REFERENCE, where it is not the exact cache, names the row that others are compared to.
+REFERENCE, where it is not the exact cache, names the row that others are compared to. A suite made
+of others has `parts(config)`, which returns each one's name and config.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from types import ModuleType
+
+    from evals.config import Config
 
 EXACT = "transformers:dynamic"
 
@@ -37,3 +40,9 @@ def get(name: str) -> ModuleType:
 def reference(name: str) -> str:
     """Return the row that a suite's others are compared to."""
     return getattr(get(name), "REFERENCE", EXACT)
+
+
+def parts(config: Config) -> dict[str, Config]:
+    """Return the config of each suite that a run measures, by its name."""
+    suite = get(config.suite)
+    return suite.parts(config) if hasattr(suite, "parts") else {config.suite: config}

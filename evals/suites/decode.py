@@ -47,15 +47,17 @@ def tasks(bench: Bench) -> Iterator[Task]:
     yield Task("decode/empty", "no context", exact, lambda: empty(bench), 1.0)
     field = [*bench.strategies, Same()]
     for batch, context, note in bench.cells():
-        round_s = steps * bench.step_seconds(batch, context)
+        round_s = sum(
+            bench.pace.fill(s, batch, context) + steps * bench.pace.step(s, batch, context)
+            for s in field
+        )
         size = bench.filler.exact_bytes(batch, context)
         yield Task(
             f"decode/b{batch}/t{context}",
             f"batch {batch}, context {context:,}",
             exact,
             lambda cell=(batch, context, note): measure(bench, field, *cell),
-            # filling writes all bytes and may encode them
-            config.repeats * len(field) * (1.5 * round_s + 10 * size / bench.machine.bandwidth),
+            config.repeats * round_s,
             2 * size,
             config.repeats * len(field),
         )

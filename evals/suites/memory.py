@@ -33,8 +33,9 @@ def tasks(bench: Bench) -> Iterator[Task]:
                 f"{strategy.name}, batch {batch}, context {context:,}",
                 strategy,
                 lambda cell=(strategy, batch, context, note): measure(bench, *cell),
-                bench.prefill_seconds(batch, context)
-                + bench.config.decode_steps * bench.step_seconds(batch, context),
+                bench.answer_seconds(strategy, batch, speed.WARMUP_TOKENS, 1)
+                + bench.answer_seconds(strategy, batch, context, 0)
+                + bench.answer_seconds(strategy, batch, context, bench.config.decode_steps),
                 3 * bench.filler.exact_bytes(batch, context),
             )
 

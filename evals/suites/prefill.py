@@ -34,7 +34,7 @@ def tasks(bench: Bench) -> Iterator[Task]:
             f"batch {batch}, context {context:,}",
             bench.strategies[0],
             lambda cell=(batch, context, note): measure(bench, field, *cell),
-            repeats * len(field) * bench.prefill_seconds(batch, context),
+            repeats * len(field) * batch * bench.machine.prefill(context),
             3 * bench.filler.exact_bytes(batch, context),
             repeats * len(field),
         )

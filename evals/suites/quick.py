@@ -33,11 +33,11 @@ def tasks(bench: Bench) -> Iterator[Task]:
         )
     batch, context = config.batch[0], config.context[0]
     steps = config.warmup + config.decode_steps
-    timing = bench.prefill_seconds(batch, context) + steps * bench.step_seconds(batch, context)
-    saying = bench.prefill_seconds(batch, context) + config.new_tokens * bench.step_seconds(
-        batch, context
-    )
     size = 2 * bench.filler.exact_bytes(batch, context)
+
+    def timing(strategy: Strategy) -> float:
+        warm_up = bench.answer_seconds(strategy, batch, speed.WARMUP_TOKENS, 1)
+        return warm_up + bench.answer_seconds(strategy, batch, context, steps)
 
     def one(strategy: Strategy) -> Iterator[dict[str, Any]]:
         yield from timed(bench, strategy)
@@ -52,13 +52,15 @@ def tasks(bench: Bench) -> Iterator[Task]:
             strategy.name,
             strategy,
             lambda strategy=strategy: one(strategy),
-            timing + drift.seconds(bench) + saying,
+            timing(strategy)
+            + drift.seconds(bench, strategy)
+            + bench.answer_seconds(strategy, batch, context, config.new_tokens),
             size,
             2 + config.windows,
         )
     yield from drift.controls(bench, "quick")
     same = control.Same()
-    yield Task("quick/same", same.name, same, lambda: timed(bench, same), timing, size)
+    yield Task("quick/same", same.name, same, lambda: timed(bench, same), timing(same), size)
 
 
 def timed(bench: Bench, strategy: Strategy) -> Iterator[dict[str, Any]]:

@@ -100,6 +100,7 @@ class Numba(Kernel):
         scale: float | None,
         is_causal: bool,
     ) -> tuple[Tensor, Tensor]:
+        kernel = compiled()
         B, Q, S, Dk = query.shape
         H, Dv, T = stored.tail[0].shape[1], stored.tail[1].shape[-1], stored.length
         tokens = stored.block_count * stored.codec.block  # in blocks
@@ -118,7 +119,7 @@ class Numba(Kernel):
         results = workers if splits == 1 else B * H * row_tiles * splits
         with ONE_AT_A_TIME, _threads(workers):
             room = _room(workers * _scratch(Dk, width) + results * _partial(width))
-            compiled()(
+            kernel(
                 (B, H, Q // H, S, Dk, Dv, width),
                 (row_tiles, splits, workers),
                 (FORMATS[query.dtype], *_address(query, 3)),
@@ -141,6 +142,7 @@ class Numba(Kernel):
 @cache
 def compiled() -> Callable:
     """The compiled kernel: from disk, or compiled now, which is said."""
+    threads = torch.get_num_threads()
     if not numba.config.DISABLE_JIT:
         notice = threading.Timer(2.0, logger.warning, (COMPILING,))
         notice.start()
@@ -148,6 +150,8 @@ def compiled() -> Callable:
             _attend.compile(SIGNATURE)
         finally:
             notice.cancel()
+    numba.get_num_threads()  # starts Numba's pool, if compiling did not, ...
+    torch.set_num_threads(threads)  # ... which sets the number of threads for all of OpenMP
     return _attend
 
 

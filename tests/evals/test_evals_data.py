@@ -74,7 +74,7 @@ def test_without_a_name_and_with_the_hub_it_is_wikitext(hub, monkeypatch):
     asked = []
 
     def load_dataset(*args, **kwargs):
-        asked.append((*args, kwargs["split"]))
+        asked.append((*args, kwargs["name"], kwargs["split"]))
         return datasets.Dataset.from_dict({"text": ["", " = A = \n"]})
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
@@ -109,3 +109,52 @@ def test_the_file_of_wikitext_reads_as_the_rows_of_the_hub_do(wikitext, tmp_path
     folder.mkdir()
     datasets.Dataset.from_dict({"text": rows}).to_parquet(folder / "test.parquet")
     assert data.load(str(folder)).text == corpus.text
+
+
+@pytest.mark.parametrize("name", data.PRESETS)
+def test_a_preset_is_its_dataset_in_its_split(name, hub, monkeypatch):
+    hub(None)
+    asked = []
+
+    def load_dataset(repo, name, split, streaming):
+        asked.append(":".join((repo, name or "", split)))
+        return datasets.Dataset.from_dict({"text": ["", "one", "two\n"]})
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    corpus = data.load(name, need=2)
+    assert asked == [data.PRESETS[name].name] == [corpus.name]
+    assert corpus.text == "one\ntwo\n"
+
+
+def test_of_a_large_preset_only_what_is_needed_is_taken(hub, monkeypatch):
+    hub(None)
+    taken = []
+
+    def documents():
+        for number in range(1000):
+            taken.append(number)
+            yield {"text": f"document {number:>10}"}
+
+    def load_dataset(*_, streaming, **__):
+        assert streaming
+        return datasets.IterableDataset.from_generator(documents)
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    text = data.load("c4", need=10).text
+    assert text == "".join(f"document {number:>10}\n" for number in range(4)), "80 characters"
+    assert len(taken) < 10
+
+
+@pytest.mark.parametrize("name", data.PRESETS)
+def test_a_preset_without_the_hub_says_what_is_accepted(name, hub, monkeypatch):
+    hub(ConnectionError("Name or service not known"))
+    with pytest.raises(ConfigError, match=r"Accepted are wikitext-2, .*, lambada, a Hub id.*pydoc"):
+        data.load(name)
+    monkeypatch.setattr(data, "is_offline_mode", lambda: True)
+
+    def load_dataset(*_, **__):
+        raise ConnectionError("offline mode is enabled")
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    with pytest.raises(ConfigError, match="offline mode is enabled Accepted are wikitext-2, "):
+        data.load(name)

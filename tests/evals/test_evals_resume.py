@@ -150,6 +150,15 @@ def test_what_failed_is_tried_again(drift, tmp_path, console, add_rival, monkeyp
     assert names[:3] == ["transformers:dynamic", "flaky:cache", "growing"], "in order all the same"
 
 
+def test_killed_at_twenty_random_moments_and_resumed(drift, tmp_path, console, unbroken):
+    out = tmp_path / "killed"
+    script = [sys.executable, tiny_run.__file__, drift.dataset, str(out), "20", "0"]
+    subprocess.run(script, check=True, capture_output=True, timeout=120)
+    folders = sorted(out.glob("*/*"))
+    assert all(run(drift, folder.parent, console) for folder in folders)
+    assert all(figures(folder) == unbroken for folder in folders)
+
+
 def test_killed_by_the_system_and_resumed(drift, tmp_path, console):
     """A real SIGKILL, as soon as the first rows are on disk."""
     drift = replace(drift, windows=2)

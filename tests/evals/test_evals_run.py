@@ -1,4 +1,5 @@
 import json
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -97,8 +98,9 @@ def test_the_report_is_a_function_of_the_files(config, tmp_path, console):
     copy.mkdir()
     for name in ("config.json", "env.json", "rows.jsonl"):
         (copy / name).write_bytes((folder / name).read_bytes())
+    shutil.copytree(folder / "drift", copy / "drift")
     assert main(["report", str(copy)]) == 0
-    for name in ("table.md", "picture.png"):
+    for name in ("table.md", "picture.png", "report.html"):
         assert (copy / name).read_bytes() == (folder / name).read_bytes()
 
 

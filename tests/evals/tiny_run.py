@@ -1,12 +1,16 @@
-"""What the tests' runs measure on; run as a script, it is such a run, to be killed.
+"""What the tests' runs measure on; run as a script, it is such a run, to be killed or shared.
 
-python tiny_run.py BOOK OUT
+python tiny_run.py BOOK OUT             one run
+python tiny_run.py BOOK OUT KILLS SEED  runs killed at random moments and taken up again
 """
 
 from __future__ import annotations
 
+import os
 import random
+import signal
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -40,13 +44,18 @@ def text() -> str:
     return "\n".join(lines)
 
 
-def tokenizer(text: str, **_: object) -> SimpleNamespace:
+class Bytes:
     """Stand in for a tokenizer: one token per byte."""
-    return SimpleNamespace(input_ids=torch.tensor([[byte % 128 for byte in text.encode()]]))
+
+    def __call__(self, text: str, **_: object) -> SimpleNamespace:
+        return SimpleNamespace(input_ids=torch.tensor([[byte % 128 for byte in text.encode()]]))
+
+    def batch_decode(self, ids: torch.Tensor) -> list[str]:
+        return [bytes(row).decode() for row in ids.tolist()]
 
 
 def loaded(lm: LlamaForCausalLM) -> tuple[Any, Any, str]:
-    return lm, tokenizer, "tiny sha256:0"
+    return lm, Bytes(), "tiny sha256:0"
 
 
 def config(book: str, **changes: Any) -> Any:
@@ -69,14 +78,54 @@ def config(book: str, **changes: Any) -> Any:
     return Config(**asked | changes)
 
 
-if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).parents[2]))
+def one_run(book: str, out: Path, windows: int = 2) -> None:
     from rich.console import Console
 
     import evals.model
     from evals.run import run
 
     evals.model.load = lambda name, dtype: loaded(model())
-    book, out = sys.argv[1:]
     rows = ("transformers:dynamic", "growing", "transformers:static", "kvplug:static")
-    run(config(book, suite="drift", strategies=rows), Path(out), Console())
+    asked = config(book, suite="drift", strategies=rows, windows=windows)
+    run(asked, out, Console(quiet=True))
+
+
+def child(book: str, out: Path) -> int:
+    """Start a run in a fork, which spares it the imports; return its process id."""
+    if pid := os.fork():
+        return pid
+    code = 1
+    try:
+        one_run(book, out, windows=1)
+        code = 0
+    finally:
+        os._exit(code)
+
+
+def killed(book: str, out: Path, kills: int, seed: int) -> None:
+    """Kill runs at random moments; a folder whose run ends before its moment is left as it is."""
+    os.environ["NUMBA_THREADING_LAYER"] = "workqueue"  # numba's OpenMP refuses to be forked
+    one_run(book, out / "first", windows=1)  # whatever is imported late is there for all forks
+    start = time.monotonic()
+    one_run(book, out / "second", windows=1)
+    whole, draw, number = time.monotonic() - start, random.Random(seed), 0
+    while kills:
+        pid = child(book, out / str(number))
+        time.sleep(draw.uniform(0, whole / 2))
+        os.kill(pid, signal.SIGKILL)
+        status = os.waitpid(pid, 0)[1]
+        if os.WIFSIGNALED(status):
+            kills -= 1
+        else:
+            assert status == 0
+            number += 1
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).parents[2]))
+    torch.set_num_threads(1)
+    book, out, *how = sys.argv[1:]
+    if how:
+        killed(book, Path(out), *map(int, how))
+    else:
+        one_run(book, Path(out))

@@ -1,0 +1,84 @@
+"""All that is reported of caches, in one folder and under an hour: seven suites, sizes of its own.
+
+The parts are quick, drift, decode, memory, retrieval, generation and use_cache. A row's `suite` is
+its part's; config.json has each part's config under `parts`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from evals import suites
+from evals.config import Config, ConfigError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from evals.bench import Bench
+    from evals.schema import Row
+    from evals.tables import Table
+    from evals.task import Task
+
+DEFAULTS: dict[str, Any] = {}
+NEEDS = {"model", "text"}
+PARTS: dict[str, dict[str, Any]] = {
+    "quick": {},
+    "drift": {},
+    "decode": {"context": (512, 2048, 6000), "batch": (1, 8), "decode_steps": 6, "warmup": 2},
+    "memory": {"context": (512, 2048)},
+    "retrieval": {},
+    "generation": {},
+    "use_cache": {"strategies": (suites.EXACT,), "context": (32, 64, 128)},
+}
+
+
+def parts(config: Config) -> dict[str, Config]:
+    """Return each part's config: the run's, with the part's own sizes in place of the run's."""
+    made = {}
+    for name, sizes in PARTS.items():
+        own = suites.get(name).DEFAULTS | {"strategies": config.strategies} | sizes
+        for field in own.keys() - {"strategies"}:
+            if getattr(config, field) != getattr(Config, field):
+                raise ConfigError(
+                    f"{field}={getattr(config, field)}: suite 'full' has sizes of its own; measure "
+                    f"{name!r} by itself with another {field}"
+                )
+        made[name] = replace(config, suite=name, **own)
+    return made
+
+
+def tasks(bench: Bench) -> Iterator[Task]:
+    """Yield the parts' tasks, one part after another."""
+    for name, config in parts(bench.config).items():
+        part = bench.part(config)
+        place = {"suite": name, "batch": config.batch[0], "context": config.context[0]}
+        *early, last = suites.get(name).tasks(part)
+        for task in (*early, replace(last, rows=lambda t=last, p=part: rows(t, p))):
+            yield replace(task, place=place)
+
+
+def rows(last: Task, part: Bench) -> Iterator[dict[str, Any]]:
+    """Yield the rows of a part's last task, and free what the part kept."""
+    yield from last.rows()
+    part.forget()
+
+
+def forecast(bench: Bench) -> list[Table]:
+    """Return what parts have to say before measuring."""
+    said = []
+    for name, config in parts(bench.config).items():
+        suite = suites.get(name)
+        if hasattr(suite, "forecast"):
+            said += suite.forecast(bench.part(config))
+    return said
+
+
+def tables(config: dict[str, Any], rows: list[Row]) -> list[Table]:
+    """Return the parts' tables."""
+    made = []
+    for name, part in config["parts"].items():
+        if own := [row for row in rows if row["suite"] == name]:
+            told = suites.get(name).tables(part, own)
+            made += [table._replace(title=f"{name}: {table.title}".rstrip(": ")) for table in told]
+    return made

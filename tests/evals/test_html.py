@@ -1,0 +1,265 @@
+import json
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
+from pathlib import Path
+
+import made_runs as made
+import pandas as pd
+import pytest
+
+from evals import html
+from evals.__main__ import main
+from evals.doubts import doubts
+from evals.html.page import _digest
+from evals.runs import load, together
+from evals.schema import measured
+from evals.summary import summaries
+
+BENCHMARKS = Path(__file__).parents[2] / "docs" / "benchmarks"
+PROBE = """
+(async () => {
+  const root = document.documentElement, told = { broken: [] };
+  addEventListener("securitypolicyviolation", (e) => told.broken.push(e.violatedDirective));
+  addEventListener("error", (e) => told.broken.push(e.message));
+  const plots = document.querySelectorAll(".plot").length;
+  while (Number(root.dataset.drawn) !== plots) await new Promise((f) => setTimeout(f, 50));
+  told.plots = plots;
+  told.drawn = document.querySelectorAll(".plot svg.marks").length;
+  told.marks = document.querySelectorAll(".plot svg.marks .mark-symbol path").length;
+  told.wide = root.scrollWidth - root.clientWidth;
+  told.fetched = performance.getEntriesByType("resource").length;
+
+  const table = document.querySelector("table"), head = table.tHead.rows[0].cells[3];
+  const column = () => [...table.tBodies[0].rows].map((row) => row.cells[3].textContent);
+  head.firstElementChild.click();
+  told.up = [head.getAttribute("aria-sort"), column()];
+  head.firstElementChild.click();
+  told.down = [head.getAttribute("aria-sort"), column()];
+
+  const link = document.querySelector(".lines a"), row = document.querySelector(link.hash);
+  told.folded = !row.checkVisibility();
+  link.click();
+  await new Promise((f) => setTimeout(f, 200));
+  told.unfolded = row.checkVisibility();
+
+  const ink = () => getComputedStyle(document.querySelector(".plot svg.marks text")).fill;
+  const before = ink();
+  document.getElementById("theme").click();
+  await new Promise((f) => setTimeout(f, 2000));
+  told.recolored = ink() !== before;
+  const button = document.querySelectorAll(".legend button")[2];
+  button.click();
+  told.pressed = button.getAttribute("aria-pressed");
+  document.title = JSON.stringify(told);
+})();
+"""
+
+
+class Page(HTMLParser):
+    """What a page refers to, and what it would run."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.ids, self.links, self.tags, self.words = [], [], [], []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        given = dict(attributes)
+        self.tags.append((tag, given))
+        self.ids += [given["id"]] if "id" in given else []
+        self.links += [given[name] for name in ("href", "src", "action") if name in given]
+
+    def handle_data(self, data):
+        if self.tags and self.tags[-1][0] not in ("script", "style"):
+            self.words.append(data)
+
+    @property
+    def text(self):
+        return " ".join(" ".join(self.words).split())
+
+
+@pytest.fixture
+def folders(tmp_path):
+    return [made.folder(tmp_path / "out", suite, made.rows(suite)) for suite in made.SUITES]
+
+
+def test_the_summary_says_what_the_rows_say(folders):
+    (said,) = summaries(load(folders))
+    lines = {line.strategy: [claim.text for claim in line.claims] for line in said.lines}
+    assert lines["int4"] == [
+        "3.4x less memory",
+        "2.3x faster at 6,000 tokens",
+        "KL 0.005",
+        "finds 75%",
+    ]
+    assert lines["growing"] == [
+        "1.10x more memory",
+        "1.01x faster ≈ at 6,000 tokens",
+        "KL below 0.000001",
+    ]
+    assert said.alike == ["host"]
+    assert [line.errors[0]["error"] for line in said.lines if line.errors] == [
+        f"RuntimeError: {made.ERROR}"
+    ]
+    assert "A/A: the reference measured twice" in said.noise[0]
+
+
+def test_a_summary_speaks_of_the_place_where_most_were_measured(tmp_path):
+    rows = made.rows("memory")
+    kept = [r for r in rows if (r["strategy"], r["context"]) != ("int4", made.FAR)]
+    (said,) = summaries(load([made.folder(tmp_path, "memory", kept)]))
+    assert [line.claims[0].figures for line in said.lines if line.strategy == "int4"] == [
+        "0.9 MB against 2.9 at 512 tokens"
+    ]
+
+
+def test_runs_of_other_machines_are_not_read_side_by_side(folders):
+    assert [len(group) for group in together(load(folders))] == [4]
+    env = json.loads((folders[0] / "env.json").read_text()) | {"threads": 2}
+    (folders[0] / "env.json").write_text(json.dumps(env))
+    runs = load(folders)
+    assert [len(group) for group in together(runs)] == [1, 3]
+    assert "The runs differ in threads: 2, 1." in [doubt.text for doubt in doubts(runs)]
+
+
+@pytest.mark.parametrize(
+    ("broken", "exact", "grave"),
+    [(4.0, 0.0, []), (0.01, 0.0, ["the broken codec"]), (4.0, 1e-3, ["the exact cache"])],
+)
+def test_a_control_that_shows_no_drift_is_told_at_the_top(tmp_path, broken, exact, grave):
+    rows = made.named("control:broken", measured("kl", broken))
+    rows += made.named(made.EXACT, measured("kl", exact))
+    rows = [{"batch": 1, "context": 512, "case": None} | row for row in rows]
+    runs = load([made.folder(tmp_path, "drift", rows)])
+    found = [doubt for doubt in doubts(runs) if doubt.grave]
+    assert len(found) == len(grave)
+    assert all(word in doubt.text for word, doubt in zip(grave, found, strict=True))
+    assert ("Do not trust these figures." in html.page(runs)) is bool(grave)
+
+
+def test_what_was_not_checked_is_said(folders):
+    told = [doubt.text for doubt in doubts(load([BENCHMARKS / "main-job"]))]
+    assert any("no broken codec was measured" in text for text in told)
+    assert any("the noise is unknown" in text for text in told)
+    told = [doubt.text for doubt in doubts(load(folders))]
+    assert [text.rpartition("failed: ")[2] for text in told] == [f"RuntimeError: {made.ERROR}"]
+
+
+def test_a_page_needs_no_network_runs_nothing_of_its_data_and_has_every_row(folders):
+    runs = load(folders)
+    text = html.page(runs)
+    page = Page(text)
+    tags = [tag for tag, _ in page.tags]
+    assert "img" not in tags
+    assert not {"link", "iframe", "object"} & set(tags)
+    scripts = [given for tag, given in page.tags if tag == "script"]
+    assert [given for given in scripts if given.get("type") != "application/json"] == [{}, {}]
+    assert all(link.startswith("#") for link in page.links)
+    assert {link[1:] for link in page.links} <= set(page.ids)
+    assert len(set(page.ids)) == len(page.ids)
+    assert {row["anchor"] for run in runs for row in run.rows} <= set(page.ids)
+    specs = re.findall(r'data-for="([^"]*)">(.*?)</script>', text)
+    linked = set(re.findall(r'"href": "#(r[0-9-]*)"', " ".join(spec for _, spec in specs)))
+    assert linked <= set(page.ids)
+    assert made.EVIL in page.text
+    assert f"failed: RuntimeError: {made.ERROR}" in page.text
+    for section in ("pareto", "speed", "memory", "drift", "retrieval", "provenance"):
+        assert section in page.ids
+    assert len([key for key, _ in specs if "heat" in key]) == 3
+
+
+def test_a_page_is_a_function_of_the_files(folders, tmp_path):
+    (folders[2] / "drift").mkdir()
+    answer = {"strategy": made.EVIL, "kl_p99": 0.125, "positions": 4096, "_timestamp": "now"}
+    (folders[2] / "drift" / "x.json").write_text(json.dumps(answer))
+    assert "0.125000 4,096" in Page(html.page(load(folders))).text
+    elsewhere = [shutil.copytree(folder, tmp_path / "copy" / folder.name) for folder in folders]
+    assert html.page(load(folders)) == html.page(load(elsewhere))
+
+
+@pytest.mark.parametrize("name", ["main-job", "wikitext-2"])
+def test_folders_of_before_there_were_suites_still_render(name):
+    page = Page(html.page(load([BENCHMARKS / name])))
+    assert "less memory" in page.text
+    assert {"pareto", "speed", "memory"} <= set(page.ids)
+    assert {link[1:] for link in page.links} <= set(page.ids)
+
+
+def test_a_run_without_rows_renders(tmp_path):
+    page = Page(html.page(load([made.folder(tmp_path, "quick", [])])))
+    assert "nothing was measured yet" in page.text
+    assert "pareto" not in page.ids
+
+
+def test_a_suite_made_of_others_is_a_run_per_part(tmp_path):
+    rows = [r | {"suite": suite} for suite in ("decode", "drift") for r in made.rows(suite)]
+    part = {"batch": [1], "context": [512], "dtype": "float32", "strategies": made.STRATEGIES}
+    part |= {"windows": 1, "window": 512, "chunk": 64, "skip": 64, "repeats": 1, "warmup": 1}
+    part |= {"decode_steps": 3}
+    parts = {name: part | {"suite": name} for name in ("decode", "drift")}
+    runs = load([made.folder(tmp_path, "full", rows, parts=parts)])
+    assert [run.suite for run in runs] == ["decode", "drift"]
+    assert {link[1:] for link in Page(html.page(runs)).links} <= set(Page(html.page(runs)).ids)
+
+
+def test_the_command_writes_one_page_and_one_table_of_all_folders(folders, tmp_path, capsys):
+    files = {kind: tmp_path / "all" / f"report.{kind}" for kind in ("html", "csv", "latex")}
+    files["parquet"] = tmp_path / "all" / "report.parquet"
+    flags = [str(part) for kind, path in files.items() for part in (f"--{kind}", path)]
+    assert main(["report", *map(str, folders), *flags]) == 1, "a row failed"
+    assert all((folder / "report.html").exists() for folder in folders)
+    rows = [row for run in load(folders) for row in run.rows]
+    for table in (pd.read_csv(files["csv"]), pd.read_parquet(files["parquet"])):
+        assert table["strategy"].tolist() == [row["strategy"] for row in rows]
+        assert table["value"].dropna().tolist() == pytest.approx(
+            [row["value"] for row in rows if row["value"] is not None]
+        )
+    latex = files["latex"].read_text()
+    assert latex.count(r"bytes\_held") == 8
+    assert "int4 & failed" not in latex
+    assert "{longtable}" in latex
+    assert Page(files["html"].read_text()).ids
+
+
+@pytest.fixture(scope="module")
+def chromium():
+    found = shutil.which("chromium") or shutil.which("google-chrome")
+    if not found:
+        pytest.skip("needs chromium, which draws the page as a reader sees it")
+    return found
+
+
+@pytest.mark.parametrize("width", [1280, 390])
+def test_a_browser_draws_sorts_and_unfolds(chromium, folders, tmp_path, width):
+    text = html.page(load(folders))
+    text = text.replace("script-src ", f"script-src {_digest(PROBE)} ", 1)
+    text = text.replace("<body>", f'<body style="width: {width}px">', 1)
+    start, end, rest = text.rpartition("</body>")  # the library has one in a string
+    text = f"{start}<script>{PROBE}</script>{end}{rest}"
+    path = tmp_path / "page.html"
+    path.write_text(text, encoding="utf-8", newline="\n")
+    flags = ["--no-sandbox", "--headless=new", "--disable-gpu", "--virtual-time-budget=30000"]
+    flags += [f"--window-size={width},900", "--host-resolver-rules=MAP * ~NOTFOUND"]
+    flags += [f"--user-data-dir={tmp_path / 'profile'}", "--enable-logging=stderr", "--dump-dom"]
+    done = subprocess.run(
+        [chromium, *flags, path.as_uri()], capture_output=True, text=True, timeout=120, check=True
+    )
+    assert "CONSOLE" not in done.stderr, done.stderr
+    title = "".join(re.findall("<title>(.*?)</title>", done.stdout)[:1])
+    assert title.startswith("{"), "the probe did not end"
+    told = json.loads(title.replace("&amp;", "&").replace("&lt;", "<").replace("&gt;", ">"))
+    assert told["broken"] == []
+    assert told["fetched"] == 0
+    assert told["plots"] == told["drawn"] == 8
+    assert told["marks"] > 10
+    assert told["wide"] <= 0
+    assert told["folded"] is True
+    assert told["unfolded"] is True
+    assert told["recolored"] is True
+    assert told["pressed"] == "false"
+    order, column = told["up"]
+    assert (order, column[0], column[-1]) == ("ascending", "20.0 (2.30x)", "failed")
+    order, column = told["down"]
+    assert (order, column[0], column[-1]) == ("descending", "47.0 (0.98x)", "failed")
