@@ -200,6 +200,23 @@ def test_memory_laid_out_otherwise():
             torch.testing.assert_close(x, y, atol=1e-5, rtol=1e-5)
 
 
+def test_whatever_the_defaults_of_torch():
+    """The compiled code writes float32 on the CPU; another default must not make its room less."""
+    stored = random_stored(kvplug.parse("int8").codec, N=3, R=5)
+    query = normal(1, 4, 2, 16, seed=1)
+    expected = Reference().attend(query, stored, None, None, True)[0]
+    try:
+        for dtype, device in ((torch.float16, "cpu"), (torch.float64, "meta")):
+            torch.set_default_dtype(dtype)
+            torch.set_default_device(device)
+            out, lse = Numba().attend(query, stored, None, None, True)
+            assert (out.dtype, lse.dtype, out.device.type) == (torch.float32, torch.float32, "cpu")
+            torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-5)
+    finally:
+        torch.set_default_dtype(torch.float32)
+        torch.set_default_device(None)
+
+
 def test_large_batch_and_many_rows():
     codec = kvplug.parse("int8").codec
     stored = random_stored(codec, B=64, H=2, N=2, R=70, Dk=32, Dv=32)

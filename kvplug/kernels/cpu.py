@@ -63,6 +63,7 @@ ROWS = 32  # query rows at a time, two by two
 LOG2E = np.float32(math.log2(math.e))
 LOWEST = np.float32(-np.inf)
 ZERO, ONE = np.float32(0), np.float32(1)
+CPU = torch.device("cpu")
 FORMATS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
 inlined = njit(forceinline=True, error_model="numpy")
@@ -106,12 +107,13 @@ class Numba(Kernel):
         tokens = stored.block_count * stored.codec.block  # in blocks
         coded = tokens and isinstance(stored.codec, Affine)
         if is_causal:
-            mask = torch.ones(S, T, dtype=torch.bool).tril()
+            mask = torch.ones(S, T, dtype=torch.bool, device=CPU).tril()
         if mask is not None:
             mask = mask if mask.dtype == torch.bool else mask.float()
             mask = _rows_contiguous(mask.expand(B, Q, S, T))
-        query = _rows_contiguous(query)
-        out, lse = torch.empty(B, Q, S, Dv), torch.empty(B, Q, S)
+        query, tail = _rows_contiguous(query), [_rows_contiguous(x) for x in stored.tail]
+        head = [_rows_contiguous(x) for x in stored.head or ()]
+        out, lse = _floats_of(B, Q, S, Dv), _floats_of(B, Q, S)
         row_tiles = -(-(Q // H * S) // ROWS)
         workers = torch.get_num_threads()
         splits = _splits(B * H * row_tiles, -(-T // TILE), workers)
@@ -124,12 +126,12 @@ class Numba(Kernel):
                 (row_tiles, splits, workers),
                 (FORMATS[query.dtype], *_address(query, 3)),
                 Dk**-0.5 if scale is None else scale,
-                _plain(stored.head) if stored.head else NOTHING,
+                _plain(head) if head else NOTHING,
                 _plain(stored.blocks.values(), tokens, stored.skip)
                 if tokens and not coded
                 else NOTHING,
                 _coded(stored, tokens) if coded else NO_CODES,
-                _plain(stored.tail),
+                _plain(tail),
                 (0 if mask is None else 1 + mask.is_floating_point(), *_address(mask, 3)),
                 (room, out.data_ptr(), lse.data_ptr()),
             )
@@ -193,8 +195,13 @@ _rooms: list[Tensor] = []  # the scratch of all calls, one after the other
 def _room(floats: int) -> int:
     """The address of so much scratch; kept, so that a decode step allocates its output only."""
     if not _rooms or _rooms[0].numel() < floats:
-        _rooms[:] = [torch.empty(floats)]
+        _rooms[:] = [_floats_of(floats)]
     return _rooms[0].data_ptr()
+
+
+def _floats_of(*shape: int) -> Tensor:
+    """Room for the compiled code, whatever dtype and device are torch's defaults."""
+    return torch.empty(shape, dtype=torch.float32, device=CPU)
 
 
 def _rows_contiguous(x: Tensor) -> Tensor:
