@@ -143,6 +143,24 @@ def test_decoding_runs_the_compiled_kernel(spec):
     assert cache.stats()["materialised"] == {}
 
 
+@pytest.mark.parametrize("spec", ["growing", "window(length=1040)", "sinks(sinks=4, window=1036)"])
+def test_long_plain_tokens_are_read_by_the_kernel(spec):
+    """Exactly what torch's attention gives; real tensors for short contexts and for autograd."""
+    model = tiny_llama(max_position_embeddings=2048)
+    cache, plain = (kvplug.build(spec + kernel, model.config) for kernel in ("", "+reference"))
+    for c in (cache, plain):
+        with torch.no_grad():
+            model(prompt(1200), past_key_values=c)
+            assert c.stats()["kernels"] == {}, "prefill is torch's"
+            c.logits = model(prompt(1), past_key_values=c).logits
+    layers = model.config.num_hidden_layers
+    assert (cache.stats()["kernels"], plain.stats()["kernels"]) == ({"numba": layers}, {})
+    torch.testing.assert_close(cache.logits, plain.logits, atol=1e-4, rtol=1e-4)
+    model(prompt(1), past_key_values=cache).logits.sum().backward()
+    assert cache.stats()["kernels"] == {"numba": layers}
+    assert cache.stats()["materialised"] == {}
+
+
 # --- the compiled CPU kernel
 
 
