@@ -136,7 +136,7 @@ def test_eviction_before_attention_is_found_out(monkeypatch):
     checks.test_prompt_is_read_in_full(strategy, 9)
     plain = Layer._visible
     monkeypatch.setattr(
-        Layer, "_visible", lambda self, first: plain(self, max(first, self.seen - 9))
+        Layer, "_visible", lambda self, first, S: plain(self, max(first, self.seen - 9), S)
     )
     with pytest.raises((AssertionError, RuntimeError, ValueError)):
         checks.test_prompt_is_read_in_full(strategy, 9)
