@@ -64,12 +64,12 @@ def test_use_cache_end_to_end(config, tmp_path, console):
 
 
 def test_a_cache_that_fails_leaves_the_others_their_exponents(config, tmp_path, console, add_rival):
-    add_rival("failing:card", "def build(config, length):\n    raise RuntimeError('no card')\n")
-    config = replace(config, suite="use_cache", strategies=("failing:card",), context=(4, 8))
+    add_rival("refusing:always", "def build(config, length):\n    raise RuntimeError('no card')\n")
+    config = replace(config, suite="use_cache", strategies=("refusing:always",), context=(4, 8))
     assert not run(config, tmp_path / "out", console)
     (folder,) = (tmp_path / "out").iterdir()
     rows = report.read(folder)[2]
-    assert [r["strategy"] for r in rows if r["status"] == "failed"] == ["failing:card"]
+    assert [r["strategy"] for r in rows if r["status"] == "failed"] == ["refusing:always"]
     assert sum(r["metric"] == "exponent" for r in rows) == 3
 
 
