@@ -1,12 +1,10 @@
 """A run that is killed and started again has the rows of one that was not."""
 
 import json
-import signal
 import subprocess
 import sys
 import time
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import tiny_run
@@ -151,32 +149,14 @@ def test_what_failed_is_tried_again(drift, tmp_path, console, add_rival, monkeyp
 
 
 def test_killed_at_twenty_random_moments_and_resumed(drift, tmp_path, console, unbroken):
+    """Real SIGKILLs, wherever the run happens to be."""
     out = tmp_path / "killed"
     script = [sys.executable, tiny_run.__file__, drift.dataset, str(out), "20", "0"]
-    subprocess.run(script, check=True, capture_output=True, timeout=120)
-    folders = sorted(out.glob("*/*"))
-    assert all(run(drift, folder.parent, console) for folder in folders)
-    assert all(figures(folder) == unbroken for folder in folders)
-
-
-def test_killed_by_the_system_and_resumed(drift, tmp_path, console):
-    """A real SIGKILL, as soon as the first rows are on disk."""
-    drift = replace(drift, windows=2)
-    out = tmp_path / "killed"
-    script = [sys.executable, tiny_run.__file__, drift.dataset, str(out)]
-    with subprocess.Popen(script, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as process:
-        for _ in range(600):
-            rows = list(out.glob("*/rows.jsonl"))
-            if process.poll() is not None or (rows and rows[0].stat().st_size > 5000):
-                break
-            time.sleep(0.1)
-        process.send_signal(signal.SIGKILL)
-    assert process.returncode == -signal.SIGKILL, process.stderr
-    (folder,) = out.iterdir()
-    kept = len(load_rows(folder / "rows.jsonl"))
-    assert run(drift, out, console)
-    assert [Path(path).name for path in out.iterdir()] == [folder.name], "the same config"
-    assert run(drift, tmp_path / "unbroken", console)
-    (unbroken,) = (tmp_path / "unbroken").iterdir()
-    assert 0 < kept < len(figures(unbroken))
-    assert figures(folder) == figures(unbroken)
+    done = subprocess.run(script, check=True, capture_output=True, text=True, timeout=170)
+    left = list(map(int, done.stdout.split()))
+    assert len(left) == 20
+    assert len(set(left)) > 2, "not always at the same place"
+    for folder in sorted(out.glob("*/*")):
+        assert run(drift, folder.parent, console)
+        assert [path.name for path in folder.parent.iterdir()] == [folder.name], "the same config"
+        assert figures(folder) == unbroken

@@ -103,7 +103,9 @@ def child(book: str, out: Path) -> int:
 
 
 def killed(book: str, out: Path, kills: int, seed: int) -> None:
-    """Kill runs at random moments; a folder whose run ends before its moment is left as it is."""
+    """Kill runs at random moments and print how many rows each had left; a folder whose run ends
+    before its moment is left as it is.
+    """
     os.environ["NUMBA_THREADING_LAYER"] = "workqueue"  # numba's OpenMP refuses to be forked
     one_run(book, out / "first", windows=1)  # whatever is imported late is there for all forks
     start = time.monotonic()
@@ -111,11 +113,13 @@ def killed(book: str, out: Path, kills: int, seed: int) -> None:
     whole, draw, number = time.monotonic() - start, random.Random(seed), 0
     while kills:
         pid = child(book, out / str(number))
-        time.sleep(draw.uniform(0, whole / 2))
+        time.sleep(draw.uniform(0, whole))
         os.kill(pid, signal.SIGKILL)
         status = os.waitpid(pid, 0)[1]
         if os.WIFSIGNALED(status):
             kills -= 1
+            rows = list((out / str(number)).glob("*/rows.jsonl"))
+            print(rows[0].read_text().count("\n") if rows else 0)
         else:
             assert status == 0
             number += 1
