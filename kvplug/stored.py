@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import torch
@@ -40,7 +41,7 @@ class Stored:
             return x.shape[2]
         return 0
 
-    @property
+    @cached_property
     def length(self) -> int:
         """T, the number of columns."""
         head = self.head[0].shape[2] if self.head else 0

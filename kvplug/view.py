@@ -38,6 +38,7 @@ class View(torch.Tensor):
     _kernel: Kernel
     _stats: Stats
     _repeats: int
+    _shape: torch.Size
     _side: int  # 0: keys, 1: values
 
     @staticmethod
@@ -54,7 +55,13 @@ class View(torch.Tensor):
             shape = (like.shape[0], like.shape[1] * repeats, stored.length, like.shape[-1])
         view = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=like.dtype, device=like.device)
         view._stored, view._kernel, view._stats, view._repeats = stored, kernel, stats, repeats
+        view._shape = torch.Size(shape)
         return view
+
+    @property
+    def shape(self) -> torch.Size:
+        """Asked several times per call of attention: answered without `__torch_function__`."""
+        return self._shape
 
     def materialise(self, reason: str) -> Tensor:
         """The dense tensor of this view's shape; counted under `reason` where it must be made."""

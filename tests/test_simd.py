@@ -52,6 +52,11 @@ def compiled_scalars(x, i, out):
     return simd.byte_at(x, i)
 
 
+@njit
+def compiled_half(x, out):
+    simd.store(out, 0, simd.spread_half(x))
+
+
 def answer(function, *args):
     """What `function` writes to its last argument."""
     out = np.zeros(LANES, np.float32)
@@ -116,3 +121,5 @@ def test_scalars():
             expected = [x.view(np.float32)[i], halves[i], brains[i]]
             assert np.array_equal(out[:3], np.array(expected, np.float32), equal_nan=True)
             assert byte == x.view(np.uint8)[i]
+        for function in (compiled_half, compiled_half.py_func):
+            assert np.array_equal(answer(function, x[i:]), np.full_like(out, halves[i]), True)

@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from evals import suites
-from evals.config import Config, ConfigError
+from evals.config import STRATEGIES, Config, ConfigError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from evals.tables import Table
     from evals.task import Task
 
-DEFAULTS: dict[str, Any] = {}
+SINKS = "sinks(sinks=4, window=1020)"
+DEFAULTS: dict[str, Any] = {"strategies": (*STRATEGIES, SINKS, "int2")}
 NEEDS = {"model", "text"}
 PARTS: dict[str, dict[str, Any]] = {
     "quick": {},
@@ -31,13 +32,20 @@ PARTS: dict[str, dict[str, Any]] = {
     "generation": {},
     "use_cache": {"strategies": (suites.EXACT,), "context": (32, 64, 128)},
 }
+# unless the run names its strategies: what loses nothing finds what the exact cache finds
+RETRIEVAL = (
+    suites.EXACT, "window(length=1024)", SINKS, "int8", "int4", "int2", "transformers:quantized",
+)  # fmt: skip
 
 
 def parts(config: Config) -> dict[str, Config]:
     """Return each part's config: the run's, with the part's own sizes in place of the run's."""
     made = {}
     for name, sizes in PARTS.items():
-        own = suites.get(name).DEFAULTS | {"strategies": config.strategies} | sizes
+        rows = config.strategies
+        if name == "retrieval" and rows == DEFAULTS["strategies"]:
+            rows = RETRIEVAL
+        own = suites.get(name).DEFAULTS | {"strategies": rows} | sizes
         for field in own.keys() - {"strategies"}:
             if getattr(config, field) != getattr(Config, field):
                 raise ConfigError(

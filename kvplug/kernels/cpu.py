@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import math
 import threading
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, ClassVar
@@ -42,6 +42,7 @@ from .simd import (
     prefetch,
     put,
     spread,
+    spread_half,
     store,
     total,
     transpose,
@@ -59,7 +60,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger("kvplug")
 
 TILE = 64  # columns at a time
-ROWS = 32  # query rows at a time, two by two
+ROWS = 32  # query rows at a time, of which two or three meet a tile
 LOG2E = np.float32(math.log2(math.e))
 LOWEST = np.float32(-np.inf)
 ZERO, ONE = np.float32(0), np.float32(1)
@@ -119,7 +120,7 @@ class Numba(Kernel):
         splits = _splits(B * H * row_tiles, -(-T // TILE), workers)
         width = -(-Dv // LANES) * LANES
         results = workers if splits == 1 else B * H * row_tiles * splits
-        with ONE_AT_A_TIME, _threads(workers):
+        with ONE_AT_A_TIME, _threads(workers) if workers != numba.get_num_threads() else AS_IT_IS:
             room = _room(workers * _scratch(Dk, width) + results * _partial(width))
             kernel(
                 (B, H, Q // H, S, Dk, Dv, width),
@@ -165,16 +166,14 @@ COMPILING = (
 # Numba's own thread pool, its choice where OpenMP is not there, ends the process when two threads
 # use it at once; and two calls that share the cores gain nothing
 ONE_AT_A_TIME = threading.Lock()
+AS_IT_IS = nullcontext()
 
 
 @contextmanager
 def _threads(n: int) -> Iterator[None]:
     """As many threads as torch uses: its OpenMP pool is Numba's too, and keeps its size."""
-    n, before = min(n, numba.config.NUMBA_NUM_THREADS), numba.get_num_threads()
-    if n == before:
-        yield
-        return
-    numba.set_num_threads(n)
+    before = numba.get_num_threads()
+    numba.set_num_threads(min(n, numba.config.NUMBA_NUM_THREADS))
     try:
         yield
     finally:
@@ -209,11 +208,10 @@ def _rows_contiguous(x: Tensor) -> Tensor:
 
 
 def _address(x: Tensor | None, axes: int) -> tuple[int, ...]:
-    """Address, and strides in bytes of the first axes; the last axis is contiguous."""
+    """Address, and strides of the first axes; the last axis is contiguous."""
     if x is None:
         return (0,) * (axes + 1)
-    size = x.element_size()
-    return (x.data_ptr(), *[stride * size for stride in x.stride()[:axes]])
+    return (x.data_ptr(), *x.stride()[:axes])
 
 
 def _plain(pair: Iterable[Tensor], count: int | None = None, skip: int = 0) -> tuple[int, ...]:
@@ -244,7 +242,7 @@ SIGNATURE = tuple(
 )
 
 
-# --- compiled. Addresses and sizes are integers; strides are in bytes, floats four bytes.
+# --- compiled. Addresses, sizes and strides are integers; strides count numbers, not bytes.
 
 
 @register_jitable
@@ -307,8 +305,7 @@ def _attend_split(
     queries = values + 4 * TILE * width
     scores = queries + 4 * ROWS * Dk
     highest, sums, sides = results, results + 4 * ROWS, results + 8 * ROWS
-    pairs = rows + rows % 2  # rows go two by two
-    for r in range(pairs):
+    for r in range(max(rows, 2)):
         put(highest, r, LOWEST)
         put(sums, r, ZERO)
         for d in range(0, width, LANES):
@@ -338,18 +335,20 @@ def _attend_split(
             start, n, column = _span(tail[0], tail[1], tile - before_tail)
             _take(tail, b, h, start, n, Dk, Dv, width, keys, values)
             column += head[0] + plain[0] - plain[1] + coded[0] - coded[1]
-        for r in range(0, pairs, 2):
+        r = 0
+        while r < rows:
+            some = 3 if (rows - r) % 2 and rows - r > 1 else 2  # two by two; first three if odd
             s = scores + 4 * r * TILE
-            for c in range(0, 2 * TILE, LANES):
+            for c in range(0, some * TILE, LANES):
                 store(s, c, spread(ZERO))
-            q = queries + 4 * r * Dk
-            _add_products(q, q + 4 * Dk, Dk, keys, TILE, s, s + 4 * TILE, TILE)
-            for i in range(r, min(r + 2, rows)):
+            _add_products(queries + 4 * r * Dk, Dk, some, Dk, keys, TILE, s)
+            for i in range(r, min(r + some, rows)):
                 s = scores + 4 * i * TILE
                 _hide(mask, b, h * G + (first + i) // S, (first + i) % S, column, n, s)
                 _softmax(s, highest, sums, i, sides + 4 * i * width, width)
-            s, side = scores + 4 * r * TILE, sides + 4 * r * width
-            _add_products(s, s + 4 * TILE, n, values, width, side, side + 4 * width, width)
+            s = scores + 4 * r * TILE
+            _add_products(s, TILE, some, n, values, width, sides + 4 * r * width)
+            r += some
 
 
 @inlined
@@ -368,17 +367,15 @@ def _span(count, skip, tile):
 
 @inlined
 def _take_queries(query, scale, b, h, G, S, first, rows, Dk, out):
-    """Scaled rows [rows, Dk] of the head; a row of zeros more where they are odd."""
+    """Scaled rows [rows, Dk] of the head; a row of zeros beside a single one."""
     form, base, by_batch, by_head, by_token = query
     for r in range(rows):
-        row = (
-            base + b * by_batch + (h * G + (first + r) // S) * by_head + (first + r) % S * by_token
-        )
+        start = b * by_batch + (h * G + (first + r) // S) * by_head + (first + r) % S * by_token
         for d in range(Dk):
-            put(out, r * Dk + d, np.float32(_number(row, d, form) * scale))
-    if rows % 2:
+            put(out, r * Dk + d, np.float32(_number(base, start + d, form) * scale))
+    if rows == 1:
         for d in range(Dk):
-            put(out, rows * Dk + d, ZERO)
+            put(out, Dk + d, ZERO)
 
 
 @inlined
@@ -386,23 +383,25 @@ def _take(source, b, h, start, n, Dk, Dv, width, keys, values):
     """Plain tokens: keys turned to [Dk, TILE], values [n, width]."""
     form, k_base, k_batch, k_head, k_token = source[2:7]
     v_base, v_batch, v_head, v_token = source[7:]
-    k_rows = k_base + b * k_batch + h * k_head + start * k_token
-    v_rows = v_base + b * v_batch + h * v_head + start * v_token
+    size = 4 if form == 0 else 2
+    k_rows = k_base + size * (b * k_batch + h * k_head + start * k_token)
+    v_rows = v_base + size * (b * v_batch + h * v_head + start * v_token)
     for part in range(0, Dk, width):  # the room of the values holds a part of the keys meanwhile
         m = min(width, Dk - part)
-        _copy(k_rows + part * (4 if form == 0 else 2), k_token, n, m, form, values, width)
+        _copy(k_rows + size * part, k_token, n, m, form, values, width)
         _turn(values, width, n, m, keys + 4 * part * TILE)
     _copy(v_rows, v_token, n, Dv, form, values, width)
 
 
 @inlined
 def _copy(rows, step, n, m, form, out, width):
-    """Numbers [n, m], rows `step` bytes apart -> floats [n, width]."""
+    """Numbers [n, m], rows `step` apart -> floats [n, width]."""
     whole = m - m % LANES
+    size = 4 if form == 0 else 2
     for t in range(n):
-        row = rows + t * step
+        row = rows + size * t * step
         for d in range(0, whole, LANES):
-            prefetch(row + TILE * step + d * (4 if form == 0 else 2))
+            prefetch(row + size * (TILE * step + d))
             if form == 0:
                 store(out, t * width + d, load(row, d))
             elif form == 1:
@@ -439,14 +438,20 @@ def _decode_keys(coded, b, h, start, n, Dk, out):
         part, byte = token // packed, token % packed
         run = min(packed - byte, n - t)
         code = codes + b * codes_batch + h * codes_head + i * codes_block + byte
-        s = scale + b * scale_batch + h * scale_head + i * scale_block
-        z = zero + b * zero_batch + h * zero_head + i * zero_block
+        s = scale + 2 * (b * scale_batch + h * scale_head + i * scale_block)
+        z = zero + 2 * (b * zero_batch + h * zero_head + i * zero_block)
         for d in range(Dk):
             prefetch(code + d * codes_channel + codes_block)
             _dequantize(
-                code + d * codes_channel, run, part * bits, bits, half_at(s, d), half_at(z, d),
+                code + d * codes_channel, run, part * bits, bits, s + 2 * d, z + 2 * d,
                 out + 4 * (d * TILE + t),
             )  # fmt: skip
+        if run % LANES:
+            for d in range(Dk):
+                _dequantize_rest(
+                    code + d * codes_channel, run, part * bits, bits, half_at(s, d), half_at(z, d),
+                    out + 4 * (d * TILE + t),
+                )  # fmt: skip
         t += run
 
 
@@ -464,75 +469,134 @@ def _decode_values(coded, b, h, start, n, Dv, width, out):
         part, byte = token // packed, token % packed
         run = min(packed - byte, n - t)
         code = codes + b * codes_batch + h * codes_head + i * codes_block + byte * codes_row
-        s = scale + b * scale_batch + h * scale_head + i * scale_block + token * scale_token
-        z = zero + b * zero_batch + h * zero_head + i * zero_block + token * zero_token
+        s = scale + 2 * (b * scale_batch + h * scale_head + i * scale_block + token * scale_token)
+        z = zero + 2 * (b * zero_batch + h * zero_head + i * zero_block + token * zero_token)
         for row in range(t, t + run):
             prefetch(code + codes_block)
             for g in range(groups):
                 _dequantize(
-                    code + g * size, size, part * bits, bits, half_at(s, g), half_at(z, g),
+                    code + g * size, size, part * bits, bits, s + 2 * g, z + 2 * g,
                     out + 4 * (row * width + g * size),
                 )  # fmt: skip
-            code, s, z = code + codes_row, s + scale_token, z + zero_token
+            if size % LANES:
+                for g in range(groups):
+                    _dequantize_rest(
+                        code + g * size, size, part * bits, bits, half_at(s, g), half_at(z, g),
+                        out + 4 * (row * width + g * size),
+                    )  # fmt: skip
+            code, s, z = code + codes_row, s + 2 * scale_token, z + 2 * zero_token
         t += run
 
 
 @inlined
 def _dequantize(codes, n, shift, bits, scale, zero, out):
-    """Floats out[:n] = codes[:n] * scale + zero, a code being `bits` of a byte from `shift` on."""
+    """Floats out[:n] = codes[:n] * scale + zero, a code being `bits` of a byte from `shift` on.
+
+    Whole vectors only. What is left has a loop apart: in this one it would cost half of the time.
+    """
     keep = (1 << bits) - 1
-    whole = n - n % LANES
-    scales, zeros = spread(scale), spread(zero)
-    for i in range(0, whole, LANES):
+    scales, zeros = spread_half(scale), spread_half(zero)
+    for i in range(0, n - n % LANES, LANES):
         store(out, i, multiply_add(load_codes(codes, i, shift, keep), scales, zeros))
-    for i in range(whole, n):
+
+
+@inlined
+def _dequantize_rest(codes, n, shift, bits, scale, zero, out):
+    """The last `n % LANES` of them."""
+    keep = (1 << bits) - 1
+    for i in range(n - n % LANES, n):
         put(out, i, np.float32((byte_at(codes, i) >> shift) & keep) * scale + zero)
 
 
 @inlined
-def _add_products(x0, x1, n, matrix, step, out0, out1, columns):
-    """out[:columns] += x[:n] @ matrix[:n, :columns] for two rows x, in eight registers."""
-    c = 0
-    while c + 4 * LANES <= columns:
-        a0, a1 = load(out0, c), load(out0, c + LANES)
-        a2, a3 = load(out0, c + 2 * LANES), load(out0, c + 3 * LANES)
-        b0, b1 = load(out1, c), load(out1, c + LANES)
-        b2, b3 = load(out1, c + 2 * LANES), load(out1, c + 3 * LANES)
-        for i in range(n):
-            a, b, j = spread(float_at(x0, i)), spread(float_at(x1, i)), i * step + c
-            m0, m1 = load(matrix, j), load(matrix, j + LANES)
-            m2, m3 = load(matrix, j + 2 * LANES), load(matrix, j + 3 * LANES)
-            a0, a1 = multiply_add(a, m0, a0), multiply_add(a, m1, a1)
-            a2, a3 = multiply_add(a, m2, a2), multiply_add(a, m3, a3)
-            b0, b1 = multiply_add(b, m0, b0), multiply_add(b, m1, b1)
-            b2, b3 = multiply_add(b, m2, b2), multiply_add(b, m3, b3)
-        store(out0, c, a0)
-        store(out0, c + LANES, a1)
-        store(out0, c + 2 * LANES, a2)
-        store(out0, c + 3 * LANES, a3)
-        store(out1, c, b0)
-        store(out1, c + LANES, b1)
-        store(out1, c + 2 * LANES, b2)
-        store(out1, c + 3 * LANES, b3)
-        c += 4 * LANES
-    while c < columns:
-        a0, b0 = load(out0, c), load(out1, c)
-        for i in range(n):
-            m0 = load(matrix, i * step + c)
-            a0 = multiply_add(spread(float_at(x0, i)), m0, a0)
-            b0 = multiply_add(spread(float_at(x1, i)), m0, b0)
-        store(out0, c, a0)
-        store(out1, c, b0)
-        c += LANES
+def _add_products(x, step, rows, n, matrix, columns, out):
+    """out[rows, columns] += x[rows, :n] @ matrix[:n, columns], for two or three rows."""
+    done = 0
+    while done + 4 * LANES <= columns:
+        if rows == 3:
+            _add_three(x, step, n, matrix + 4 * done, columns, out + 4 * done)
+        else:
+            _add_two(x, step, n, matrix + 4 * done, columns, out + 4 * done)
+        done += 4 * LANES
+    for c in range(done, columns, LANES):
+        for r in range(rows):
+            a = load(out, r * columns + c)
+            for i in range(n):
+                b = spread(float_at(x, r * step + i))
+                a = multiply_add(b, load(matrix, i * columns + c), a)
+            store(out, r * columns + c, a)
+
+
+@inlined
+def _add_two(x, step, n, matrix, width, out):
+    """Two rows by four vectors, sums in eight registers."""
+    y, out1 = x + 4 * step, out + 4 * width
+    a0, a1 = load(out, 0), load(out, LANES)
+    a2, a3 = load(out, 2 * LANES), load(out, 3 * LANES)
+    b0, b1 = load(out1, 0), load(out1, LANES)
+    b2, b3 = load(out1, 2 * LANES), load(out1, 3 * LANES)
+    for i in range(n):
+        row = matrix + 4 * i * width
+        m0, m1 = load(row, 0), load(row, LANES)
+        m2, m3 = load(row, 2 * LANES), load(row, 3 * LANES)
+        a, b = spread(float_at(x, i)), spread(float_at(y, i))
+        a0, a1 = multiply_add(a, m0, a0), multiply_add(a, m1, a1)
+        a2, a3 = multiply_add(a, m2, a2), multiply_add(a, m3, a3)
+        b0, b1 = multiply_add(b, m0, b0), multiply_add(b, m1, b1)
+        b2, b3 = multiply_add(b, m2, b2), multiply_add(b, m3, b3)
+    store(out, 0, a0)
+    store(out, LANES, a1)
+    store(out, 2 * LANES, a2)
+    store(out, 3 * LANES, a3)
+    store(out1, 0, b0)
+    store(out1, LANES, b1)
+    store(out1, 2 * LANES, b2)
+    store(out1, 3 * LANES, b3)
+
+
+@inlined
+def _add_three(x, step, n, matrix, width, out):
+    """Three rows by four vectors, sums in twelve registers."""
+    y, z = x + 4 * step, x + 8 * step
+    out1, out2 = out + 4 * width, out + 8 * width
+    a0, a1 = load(out, 0), load(out, LANES)
+    a2, a3 = load(out, 2 * LANES), load(out, 3 * LANES)
+    b0, b1 = load(out1, 0), load(out1, LANES)
+    b2, b3 = load(out1, 2 * LANES), load(out1, 3 * LANES)
+    c0, c1 = load(out2, 0), load(out2, LANES)
+    c2, c3 = load(out2, 2 * LANES), load(out2, 3 * LANES)
+    for i in range(n):
+        row = matrix + 4 * i * width
+        m0, m1 = load(row, 0), load(row, LANES)
+        m2, m3 = load(row, 2 * LANES), load(row, 3 * LANES)
+        a, b, c = spread(float_at(x, i)), spread(float_at(y, i)), spread(float_at(z, i))
+        a0, a1 = multiply_add(a, m0, a0), multiply_add(a, m1, a1)
+        a2, a3 = multiply_add(a, m2, a2), multiply_add(a, m3, a3)
+        b0, b1 = multiply_add(b, m0, b0), multiply_add(b, m1, b1)
+        b2, b3 = multiply_add(b, m2, b2), multiply_add(b, m3, b3)
+        c0, c1 = multiply_add(c, m0, c0), multiply_add(c, m1, c1)
+        c2, c3 = multiply_add(c, m2, c2), multiply_add(c, m3, c3)
+    store(out, 0, a0)
+    store(out, LANES, a1)
+    store(out, 2 * LANES, a2)
+    store(out, 3 * LANES, a3)
+    store(out1, 0, b0)
+    store(out1, LANES, b1)
+    store(out1, 2 * LANES, b2)
+    store(out1, 3 * LANES, b3)
+    store(out2, 0, c0)
+    store(out2, LANES, c1)
+    store(out2, 2 * LANES, c2)
+    store(out2, 3 * LANES, c3)
 
 
 @inlined
 def _hide(mask, b, q, s, column, n, scores):
     """Apply the mask to the scores of n columns; those after them in the tile are hidden."""
     kind, base, by_batch, by_head, by_row = mask
-    row = base + b * by_batch + q * by_head + s * by_row
+    row = b * by_batch + q * by_head + s * by_row + column
     if kind == 1:
-        row += column
+        row += base
         whole = n - n % LANES
         for i in range(0, whole, LANES):
             seen = load_codes(row, i, 0, 255)
@@ -542,7 +606,7 @@ def _hide(mask, b, q, s, column, n, scores):
                 put(scores, i, LOWEST)
     elif kind == 2:
         for i in range(n):
-            put(scores, i, float_at(scores, i) + float_at(row, column + i))
+            put(scores, i, float_at(scores, i) + float_at(base, row + i))
     for i in range(n, TILE):
         put(scores, i, LOWEST)
 

@@ -242,6 +242,18 @@ def _(ll, x):
     return _spread(ll, x)
 
 
+@operation(VECTOR, INT)
+def spread_half(address):
+    """The float16 number at `address` in every lane."""
+    return np.full(LANES, _array(ctypes.c_uint16, address, 0, 1).view(np.float16)[0], np.float32)
+
+
+@spread_half.compiled
+def _(ll, address):
+    half = _spread(ll, ll.load(ll.inttoptr(address, I16.as_pointer()), align=2))
+    return ll.fpext(ll.bitcast(half, ir.VectorType(ir.HalfType(), LANES)), _floats())
+
+
 @operation(VECTOR, VECTOR, VECTOR, VECTOR)
 def multiply_add(x, y, z):
     """`x * y + z`, rounded once when compiled."""

@@ -134,6 +134,15 @@ def test_full_end_to_end(whole, tmp_path, console):
     assert "complete, nothing to measure" in console.file.getvalue()
 
 
+def test_full_asks_what_loses_nothing_no_questions_unless_it_is_named():
+    named = Config(suite="full", strategies=("growing",))
+    assert full.parts(named)["retrieval"].strategies == ("growing",)
+    parts = full.parts(Config(suite="full", strategies=full.DEFAULTS["strategies"]))
+    assert parts["drift"].strategies == full.DEFAULTS["strategies"]
+    lossless = {"growing", "kvplug:static", "host", "transformers:static"}
+    assert set(parts["drift"].strategies) - set(parts["retrieval"].strategies) == lossless
+
+
 def test_full_refuses_sizes_that_are_its_own_to_say(whole, tmp_path, console):
     with pytest.raises(ConfigError, match=r"context=\(64,\): suite 'full' has sizes of its own"):
         run(replace(whole, context=(64,)), tmp_path / "out", console)
