@@ -50,12 +50,12 @@ def _figures(folder: Path) -> tuple[dict[Place, Row], Noise]:
     found = {
         (
             *(row[name] for name in ("strategy", "metric", "batch", "context")),
-            label(row.get("case")),
+            label(row["case"]),
         ): row
         for row in rows
         if row["value"] is not None
     }
-    return found, Noise(rows, suites.reference(config.get("suite", "quick")))
+    return found, Noise(rows, suites.reference(config["suite"]))
 
 
 def _inside(was: Row, now: Row, off: float) -> bool:

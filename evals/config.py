@@ -60,7 +60,7 @@ class Config:
     dtype: str = option("float32", f"weights and activations: {', '.join(DTYPES)}")
     context: tuple[int, ...] = option((2048,), "tokens in the cache before decoding")
     batch: tuple[int, ...] = option((1,), "prompts measured at once")
-    decode_steps: int = option(32, "decode steps timed, each a sample")
+    decode_steps: int = option(16, "decode steps timed, each a sample")
     warmup: int = option(4, "decode steps run before those")
     repeats: int = option(3, "rounds of a suite that alternates strategies")
     new_tokens: int = option(48, "tokens generated greedily and compared to the exact cache's")

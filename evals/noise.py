@@ -62,4 +62,4 @@ class Noise:
 
 
 def _place(row: Row) -> tuple:
-    return row["metric"], row["batch"], row["context"], label(row.get("case"))
+    return row["metric"], row["batch"], row["context"], label(row["case"])

@@ -25,7 +25,7 @@ def render(folder: Path, console: Console) -> bool:
     the tables; say whether no row failed.
     """
     config, env, rows = read(folder)
-    suite = suites.get(config.get("suite", "quick"))
+    suite = suites.get(config["suite"])
     tables = suite.tables(config, rows) if rows else []
     under, failures = caption(config, env), failed(rows)
     (folder / "table.md").write_text(markdown(tables, failures, under), encoding="utf-8")

@@ -14,8 +14,6 @@ from evals.store import load_rows
 if TYPE_CHECKING:
     from pathlib import Path
 
-EMPTY = dict.fromkeys(Row.__annotations__)  # older rows say less
-
 
 @dataclass(frozen=True)
 class Run:
@@ -59,7 +57,7 @@ def read(folder: Path) -> tuple[dict[str, Any], dict[str, Any], list[Row]]:
     config, env = (_json(folder / name) for name in ("config.json", "env.json"))
     rows = load_rows(folder / "rows.jsonl")
     place = {name: number for number, name in enumerate(config["strategies"])}
-    place[suites.reference(config.get("suite", "quick"))] = -1
+    place[suites.reference(config["suite"])] = -1
 
     def order(row: Row) -> int:
         name = row["strategy"]  # one that is in the config, or that with a kernel added
@@ -79,17 +77,14 @@ def load(folders: list[Path]) -> list[Run]:
         parts = _parts(config)
         for suite, part in parts.items():
             own = drift if suite == "drift" or len(parts) == 1 else {}  # one file for two parts
-            number, mine = len(made), [row for row in rows if row.get("suite", suite) == suite]
-            anchored = [
-                EMPTY | {"suite": suite} | row | {"anchor": f"r{number}-{i}"}
-                for i, row in enumerate(mine)
-            ]
+            number, mine = len(made), [row for row in rows if row["suite"] == suite]
+            anchored = [row | {"anchor": f"r{number}-{i}"} for i, row in enumerate(mine)]
             made.append(Run(number, key, suite, part, env, anchored, own))
     return made
 
 
 def _parts(config: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    return config.get("parts") or {config.get("suite", "quick"): config}  # once, all were quick
+    return config.get("parts") or {config["suite"]: config}
 
 
 def together(runs: list[Run]) -> list[list[Run]]:

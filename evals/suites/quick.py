@@ -1,4 +1,7 @@
-"""The main job: speed, memory, drift and greedy agreement at one context, under 10 minutes."""
+"""The main job: speed, memory, drift and greedy agreement at one context, under 10 minutes.
+
+Decode is timed as in suite `decode`, all strategies in one loop; the rest one strategy at a time.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ from evals import control, greedy, speed
 from evals.config import ConfigError
 from evals.noise import Noise
 from evals.strategies import file_name
-from evals.suites import drift
+from evals.suites import decode, drift
 from evals.tables import Table, by_strategy
 from evals.task import Task
 
@@ -61,10 +64,20 @@ def tasks(bench: Bench) -> Iterator[Task]:
     yield from drift.controls(bench, "quick")
     same = control.Same()
     yield Task("quick/same", same.name, same, lambda: timed(bench, same), timing(same), size)
+    field = [*bench.strategies, same]
+    yield Task(
+        "quick/decode",
+        "decode, all in one loop",
+        bench.strategies[0],
+        lambda: decode.measure(bench, field, batch, context, None),
+        config.repeats * steps * sum(bench.pace.step(s, batch, context) for s in field),
+        size,
+        config.repeats * len(field),
+    )
 
 
 def timed(bench: Bench, strategy: Strategy) -> Iterator[dict[str, Any]]:
-    """Yield speed and memory of one strategy."""
+    """Yield prefill and peak memory of one strategy."""
     prompt = bench.prompt(bench.config.batch[0], bench.config.context[0])
     yield from speed.measure(bench.model, strategy, prompt, bench.config)
     bench.tick()
@@ -74,13 +87,11 @@ def tables(config: dict[str, Any], rows: list[Row]) -> list[Table]:
     """Return a line per strategy."""
     table = by_strategy("", rows, Noise(rows))
     peaks = {row["note"] for row in rows if row["metric"] == "peak_decode"}
-    batch, context = (
-        x if isinstance(x, int) else x[0] for x in (config["batch"], config["context"])
-    )
     said = [
-        f"Batch {batch}, context {context}. Decode: {config['decode_steps']} steps after "
-        f"{config['warmup']} of warm-up. Peak memory: {', '.join(map(str, peaks))}. "
-        f"Greedy: of {config['new_tokens']} tokens.",
+        f"Batch {config['batch'][0]}, context {config['context'][0]}. Decode: "
+        f"{config['repeats']} rounds of {config['decode_steps']} steps after {config['warmup']} of "
+        "warm-up, all strategies in one loop. Held: after such a round. Peak memory: "
+        f"{', '.join(map(str, peaks))}. Greedy: of {config['new_tokens']} tokens.",
         drift.caption(config),
     ]
     return [table._replace(notes=said + table.notes)]

@@ -17,6 +17,7 @@ FAILING = "def build(config, max_cache_len):\n    raise RuntimeError('no such ca
 QUICK = {
     *("prefill", "decode", "peak_prefill", "peak_decode", "bytes_held"),
     *("perplexity", "perplexity_delta", "kl", "top1", "greedy"),
+    *("throughput", "speedup", "floor", "floor_share"),
 }
 LYING = """
 class Liar(DynamicCache):
@@ -81,7 +82,7 @@ def test_a_run_writes_every_figure_with_its_provenance(config, tmp_path, console
     tokens = config.context[0] + config.warmup + config.decode_steps
     per_token = 2 * 2 * 2 * 16 * 4  # layers, K and V, heads, head_dim, float32
     assert figure["transformers:dynamic", "bytes_held"]["value"] == tokens * per_token
-    assert figure["transformers:dynamic", "decode"]["n"] == config.decode_steps
+    assert figure["transformers:dynamic", "decode"]["n"] == config.repeats * config.decode_steps
     assert figure["int8", "decode"]["stats"]["kernels"]
 
     table = (folder / "table.md").read_text()
@@ -135,7 +136,7 @@ def test_a_strategy_that_fails_is_a_row_and_an_exit_code(
     assert {row["metric"] for row in rows if row["strategy"] == "transformers:static"} == QUICK
     table = (folder / "table.md").read_text()
     assert "`failing:card` failed: RuntimeError: no such card" in table
-    assert [row["done"] for row in rows if row["strategy"] == "failing:late"][-1] is True
+    assert [row["done"] for row in rows if row["task"] == "quick/failing-late"][-1] is True
     assert "no such card [/red]" in capsys.readouterr().out
     assert main(["report", str(folder)]) == 1
 
