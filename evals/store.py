@@ -50,7 +50,11 @@ class Shard:
         """Save the whole answer of an `evaluate` metric as `<kind>/<name>.json`."""
         with writing(self.folder / kind):
             (self.folder / kind).mkdir(exist_ok=True)
-            evaluate.save(self.folder / kind / f"{name}.json", **result)
+            path = self.folder / kind / f"{name}.json"
+            evaluate.save(path, **result)
+            answer = json.loads(path.read_text("utf-8"))
+            del answer["_interpreter_path"]  # a result says nothing of its author's folders
+            _write(path, answer)
 
 
 class Results(Shard):
