@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import kvplug
+from kvplug.placement import host
 from kvplug.testing import PlacementConformance, tiny_llama
 from kvplug.testing.tools import prompt
 
@@ -79,10 +80,11 @@ def test_disk_blocks_are_mapped_files():
             assert any(low <= x.data_ptr() < high for low, high in ranges)
 
 
-def test_host_says_that_it_saves_nothing_on_a_cpu(caplog):
-    cache = kvplug.build("host", tiny_llama().config)
+def test_host_says_once_that_it_saves_nothing_on_a_cpu(caplog):
+    host._warn.cache_clear()
     with caplog.at_level(logging.WARNING, logger="kvplug"):
         for _ in range(3):
+            cache = kvplug.build("host", tiny_llama().config)
             cache.layers[0].update(torch.randn(1, 2, 90, 16), torch.randn(1, 2, 90, 16))
     assert caplog.text.count("saves nothing here") == 1
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
@@ -16,19 +17,21 @@ if TYPE_CHECKING:
 logger = logging.getLogger("kvplug")
 
 
+@cache
+def _warn() -> None:
+    """Once in a process: a server may build a cache per request."""
+    logger.warning("cache placement 'host' saves nothing here: the model itself runs on the CPU")
+
+
 class OnHost(Place):
     """Host memory, pinned for CUDA; a layer's blocks travel while the one before computes."""
 
     def __init__(self) -> None:
         self._stream: torch.cuda.Stream | None = None
-        self._warned = False
 
     def empty(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-        if device.type == "cpu" and not self._warned:
-            self._warned = True
-            logger.warning(
-                "cache placement 'host' saves nothing here: the model itself runs on the CPU"
-            )
+        if device.type == "cpu":
+            _warn()
         if device.type == "meta":
             return torch.empty(shape, dtype=dtype, device=device)
         return torch.empty(shape, dtype=dtype, device="cpu", pin_memory=device.type == "cuda")
