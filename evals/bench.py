@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from evals import data, drift, greedy, model, strategies, suites
+from evals import data, drift, energy, greedy, model, strategies, suites
 from evals.fill import Filler
 from evals.machine import Machine
 from evals.pace import Pace
@@ -78,6 +78,7 @@ class Bench:
             save=lambda *args, **kwargs: self.save(*args, **kwargs),
         )
         part.machine, part.filler, part.pace = self.machine, self.filler, self.pace
+        part.meter = self.meter
         return part
 
     def forget(self) -> None:
@@ -103,6 +104,11 @@ class Bench:
     def machine(self) -> Machine:
         """The machine's speed with this model."""
         return Machine(self.model)
+
+    @cached_property
+    def meter(self) -> Callable[[], float] | None:
+        """Reads joules, where the machine counts them."""
+        return energy.meter(self.device)
 
     @cached_property
     def filler(self) -> Filler:

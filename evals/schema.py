@@ -27,6 +27,9 @@ METRICS = {
         "ms/token", "lower", "one greedy step of the whole batch; median over the timed steps"
     ),
     "throughput": Metric("tokens/s", "higher", "tokens decoded per second over the whole batch"),
+    "energy": Metric(
+        "J/token", "lower", "used by all of the processor or GPU while decoding, over all tokens"
+    ),
     "speedup": Metric("x", "higher", "times as fast as the reference, in the same loop"),
     "floor": Metric(
         "ms/token", "lower", "predicted: step without context, plus stored K/V over bandwidth"

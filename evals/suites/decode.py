@@ -7,7 +7,7 @@ context, plus the stored bytes of keys and values over the machine's bandwidth.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -105,6 +105,7 @@ class Runner:
     context: int
     held: int | None = None
     stats: dict[str, Any] | None = None
+    energy: list[float] = field(default_factory=list)  # joules per token, of each round
 
     def __call__(self) -> list[float]:
         """Return milliseconds of each timed step."""
@@ -114,9 +115,14 @@ class Runner:
         self.bench.filler.fill(cache, self.batch, self.context)
         token = torch.ones(self.batch, 1, dtype=torch.long, device=model.device)
         times = []
-        for _ in range(steps):
+        meter = self.bench.meter or (lambda: 0.0)
+        for number in range(steps):
+            if number == config.warmup:
+                before = meter()
             token, seconds = step(model, cache, token)
             times.append(1000 * seconds)
+        if self.bench.meter:
+            self.energy.append((meter() - before) / (config.decode_steps * self.batch))
         self.held = self.held or checked_bytes(cache)  # room that growth reserves included
         self.stats = cache.stats() if hasattr(cache, "stats") else None
         return times[config.warmup :]
@@ -131,6 +137,8 @@ class Runner:
         yield measured("throughput", *(1000 * self.batch / x for x in times))
         if ratio := speedup(laps, reference):
             yield ratio
+        if self.energy:
+            yield measured("energy", *self.energy)
         yield measured("floor", low)
         yield measured("floor_share", *(100 * low / x for x in times))
         yield measured("bytes_held", self.held)
@@ -204,6 +212,9 @@ def tables(config: dict[str, Any], rows: list[Row]) -> list[Table]:
             lambda found: figure(found, "floor_share", ".0f"),
         )
         made += [times, share]
+        if any(row["metric"] == "energy" for row in mine):
+            title = f"energy, J/token ↓, batch {batch}"
+            made.append(grid(title, mine, lambda found: figure(found, "energy", ".3f")))
     timed = [row for row in rows if row["metric"] == "decode" and row["context"]]
     said = [
         f"Decode: {config['repeats']} rounds of {config['decode_steps']} steps after "

@@ -1,11 +1,12 @@
 """Every suite end to end on a tiny model, and what they are made of."""
 
+import itertools
 from dataclasses import replace
 
 import pytest
 import torch
 
-from evals import report, suites
+from evals import energy, report, suites
 from evals.clock import step
 from evals.fill import Filler
 from evals.memory import held_bytes
@@ -54,6 +55,37 @@ def test_decode_end_to_end(config, tmp_path, console, add_rival):
     assert "share of the predicted floor" in table
     shown = console.file.getvalue()
     assert shown.index("predicted floor, ms/token") < shown.index("tasks"), "before measuring"
+
+
+def test_decode_counts_joules_where_the_machine_does(config, tmp_path, console, monkeypatch):
+    monkeypatch.setattr(energy, "meter", lambda device: itertools.count(0, 6).__next__)
+    config = replace(config, suite="decode", strategies=("growing",), context=(40,), batch=(2,))
+    rows, table = start(config, tmp_path, console)
+    used = {r["strategy"]: r["value"] for r in rows if r["metric"] == "energy"}
+    # six joules from one reading to the next
+    expected = 6 / (config.decode_steps * 2)
+    assert used == dict.fromkeys(("transformers:dynamic", "growing", "control:same"), expected)
+    assert "energy, J/token ↓, batch 2" in table
+
+
+def test_a_processor_s_joules(tmp_path, monkeypatch):
+    """Packages count, their parts do not, and a counter starts again at its range."""
+    monkeypatch.setattr(energy, "POWERCAP", tmp_path)
+    assert energy.meter(torch.device("cpu")) is None
+    for name in ("intel-rapl", "intel-rapl:0", "intel-rapl:1", "intel-rapl:0:0"):
+        (tmp_path / name).mkdir()
+        if ":" in name:
+            (tmp_path / name / "energy_uj").write_text("7000000\n")
+            (tmp_path / name / "max_energy_range_uj").write_text("9000000\n")
+    joules = energy.meter(torch.device("cpu"))
+    assert joules() == 0
+    (tmp_path / "intel-rapl:0" / "energy_uj").write_text("1000000\n")
+    (tmp_path / "intel-rapl:0:0" / "energy_uj").write_text("8000000\n")
+    assert joules() == 3
+    (tmp_path / "intel-rapl:1" / "energy_uj").write_text("7500000\n")
+    assert joules() == 3.5
+    (tmp_path / "intel-rapl:1" / "energy_uj").unlink()
+    assert energy.meter(torch.device("cpu")) is None
 
 
 def test_decode_says_which_caches_do_not_fit(config, tmp_path, console, monkeypatch):
