@@ -318,22 +318,24 @@ def _attend_split(
     before_tail = before_coded + of_coded
     tiles = before_tail + of_tail
     for tile in range(split * tiles // splits, (split + 1) * tiles // splits):
-        # from which source, from which of its tokens on, how many, and at which column
+        # from which source, from which of its tokens on, how many, and at which column; then where
+        # its values are, and how many numbers from one to the next
         if tile < of_head:
             start, n, column = _span(head[0], head[1], tile)
-            _take(head, b, h, start, n, Dk, Dv, width, keys, values)
+            found, step = _take(head, b, h, start, n, Dk, Dv, width, keys, values)
         elif tile < before_coded:
             start, n, column = _span(plain[0], plain[1], tile - of_head)
-            _take(plain, b, h, start, n, Dk, Dv, width, keys, values)
+            found, step = _take(plain, b, h, start, n, Dk, Dv, width, keys, values)
             column += head[0]
         elif tile < before_tail:
             start, n, column = _span(coded[0], coded[1], tile - before_coded)
             _decode_keys(coded, b, h, start, n, Dk, keys)
             _decode_values(coded, b, h, start, n, Dv, width, values)
+            found, step = values, width
             column += head[0]
         else:
             start, n, column = _span(tail[0], tail[1], tile - before_tail)
-            _take(tail, b, h, start, n, Dk, Dv, width, keys, values)
+            found, step = _take(tail, b, h, start, n, Dk, Dv, width, keys, values)
             column += head[0] + plain[0] - plain[1] + coded[0] - coded[1]
         r = 0
         while r < rows:
@@ -341,13 +343,13 @@ def _attend_split(
             s = scores + 4 * r * TILE
             for c in range(0, some * TILE, LANES):
                 store(s, c, spread(ZERO))
-            _add_products(queries + 4 * r * Dk, Dk, some, Dk, keys, TILE, s)
+            _add_products(queries + 4 * r * Dk, Dk, some, Dk, keys, TILE, TILE, s)
             for i in range(r, min(r + some, rows)):
                 s = scores + 4 * i * TILE
                 _hide(mask, b, h * G + (first + i) // S, (first + i) % S, column, n, s)
                 _softmax(s, highest, sums, i, sides + 4 * i * width, width)
             s = scores + 4 * r * TILE
-            _add_products(s, TILE, some, n, values, width, sides + 4 * r * width)
+            _add_products(s, TILE, some, n, found, step, width, sides + 4 * r * width)
             r += some
 
 
@@ -380,17 +382,36 @@ def _take_queries(query, scale, b, h, G, S, first, rows, Dk, out):
 
 @inlined
 def _take(source, b, h, start, n, Dk, Dv, width, keys, values):
-    """Plain tokens: keys turned to [Dk, TILE], values [n, width]."""
+    """Plain tokens: keys turned to [Dk, TILE]; where the values are, and numbers between them.
+
+    Floats are read where they are stored, others are made floats in `values`.
+    """
     form, k_base, k_batch, k_head, k_token = source[2:7]
     v_base, v_batch, v_head, v_token = source[7:]
     size = 4 if form == 0 else 2
     k_rows = k_base + size * (b * k_batch + h * k_head + start * k_token)
     v_rows = v_base + size * (b * v_batch + h * v_head + start * v_token)
-    for part in range(0, Dk, width):  # the room of the values holds a part of the keys meanwhile
-        m = min(width, Dk - part)
-        _copy(k_rows + size * part, k_token, n, m, form, values, width)
-        _turn(values, width, n, m, keys + 4 * part * TILE)
+    _prefetch(k_rows, size * k_token, n, size * Dk)
+    if form == 0:
+        _turn(k_rows, k_token, n, Dk, keys)
+    else:
+        for part in range(0, Dk, width):  # the room of the values holds a part of the keys
+            m = min(width, Dk - part)
+            _copy(k_rows + size * part, k_token, n, m, form, values, width)
+            _turn(values, width, n, m, keys + 4 * part * TILE)
+    _prefetch(v_rows, size * v_token, n, size * Dv)
+    if form == 0 and Dv == width:
+        return v_rows, v_token
     _copy(v_rows, v_token, n, Dv, form, values, width)
+    return values, width
+
+
+@inlined
+def _prefetch(rows, step, n, size):
+    """As many rows of `size` bytes of the tile after this one, `step` bytes apart."""
+    for t in range(TILE, TILE + n):
+        for i in range(0, size, 64):
+            prefetch(rows + t * step + i)
 
 
 @inlined
@@ -401,7 +422,6 @@ def _copy(rows, step, n, m, form, out, width):
     for t in range(n):
         row = rows + size * t * step
         for d in range(0, whole, LANES):
-            prefetch(row + size * (TILE * step + d))
             if form == 0:
                 store(out, t * width + d, load(row, d))
             elif form == 1:
@@ -413,15 +433,15 @@ def _copy(rows, step, n, m, form, out, width):
 
 
 @inlined
-def _turn(rows, width, n, m, out):
-    """Floats [n, width], of which m a row -> [m, TILE]."""
+def _turn(rows, step, n, m, out):
+    """Floats [n, m], rows `step` apart -> [m, TILE]."""
     n_whole, m_whole = n - n % LANES, m - m % LANES
     for t in range(0, n_whole, LANES):
         for d in range(0, m_whole, LANES):
-            transpose(rows + 4 * (t * width + d), width, out + 4 * (d * TILE + t), TILE)
+            transpose(rows + 4 * (t * step + d), step, out + 4 * (d * TILE + t), TILE)
     for t in range(n):
         for d in range(m_whole if t < n_whole else 0, m):
-            put(out, d * TILE + t, float_at(rows, t * width + d))
+            put(out, d * TILE + t, float_at(rows, t * step + d))
 
 
 @inlined
@@ -509,34 +529,34 @@ def _dequantize_rest(codes, n, shift, bits, scale, zero, out):
 
 
 @inlined
-def _add_products(x, step, rows, n, matrix, columns, out):
+def _add_products(x, x_step, rows, n, matrix, step, columns, out):
     """out[rows, columns] += x[rows, :n] @ matrix[:n, columns], for two or three rows."""
     done = 0
     while done + 4 * LANES <= columns:
         if rows == 3:
-            _add_three(x, step, n, matrix + 4 * done, columns, out + 4 * done)
+            _add_three(x, x_step, n, matrix + 4 * done, step, columns, out + 4 * done)
         else:
-            _add_two(x, step, n, matrix + 4 * done, columns, out + 4 * done)
+            _add_two(x, x_step, n, matrix + 4 * done, step, columns, out + 4 * done)
         done += 4 * LANES
     for c in range(done, columns, LANES):
         for r in range(rows):
             a = load(out, r * columns + c)
             for i in range(n):
-                b = spread(float_at(x, r * step + i))
-                a = multiply_add(b, load(matrix, i * columns + c), a)
+                b = spread(float_at(x, r * x_step + i))
+                a = multiply_add(b, load(matrix, i * step + c), a)
             store(out, r * columns + c, a)
 
 
 @inlined
-def _add_two(x, step, n, matrix, width, out):
+def _add_two(x, x_step, n, matrix, step, columns, out):
     """Two rows by four vectors, sums in eight registers."""
-    y, out1 = x + 4 * step, out + 4 * width
+    y, out1 = x + 4 * x_step, out + 4 * columns
     a0, a1 = load(out, 0), load(out, LANES)
     a2, a3 = load(out, 2 * LANES), load(out, 3 * LANES)
     b0, b1 = load(out1, 0), load(out1, LANES)
     b2, b3 = load(out1, 2 * LANES), load(out1, 3 * LANES)
     for i in range(n):
-        row = matrix + 4 * i * width
+        row = matrix + 4 * i * step
         m0, m1 = load(row, 0), load(row, LANES)
         m2, m3 = load(row, 2 * LANES), load(row, 3 * LANES)
         a, b = spread(float_at(x, i)), spread(float_at(y, i))
@@ -555,10 +575,10 @@ def _add_two(x, step, n, matrix, width, out):
 
 
 @inlined
-def _add_three(x, step, n, matrix, width, out):
+def _add_three(x, x_step, n, matrix, step, columns, out):
     """Three rows by four vectors, sums in twelve registers."""
-    y, z = x + 4 * step, x + 8 * step
-    out1, out2 = out + 4 * width, out + 8 * width
+    y, z = x + 4 * x_step, x + 8 * x_step
+    out1, out2 = out + 4 * columns, out + 8 * columns
     a0, a1 = load(out, 0), load(out, LANES)
     a2, a3 = load(out, 2 * LANES), load(out, 3 * LANES)
     b0, b1 = load(out1, 0), load(out1, LANES)
@@ -566,7 +586,7 @@ def _add_three(x, step, n, matrix, width, out):
     c0, c1 = load(out2, 0), load(out2, LANES)
     c2, c3 = load(out2, 2 * LANES), load(out2, 3 * LANES)
     for i in range(n):
-        row = matrix + 4 * i * width
+        row = matrix + 4 * i * step
         m0, m1 = load(row, 0), load(row, LANES)
         m2, m3 = load(row, 2 * LANES), load(row, 3 * LANES)
         a, b, c = spread(float_at(x, i)), spread(float_at(y, i)), spread(float_at(z, i))
