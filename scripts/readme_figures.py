@@ -1,0 +1,134 @@
+"""The tables of README.md that hold measured figures, written from committed result folders.
+
+usage: python scripts/readme_figures.py
+
+A block stands between `<!-- figures: NAME -->` and `<!-- end -->`; the function of that name makes
+what is between. A test runs it and expects no change.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+
+import torch  # noqa: E402
+from transformers import LlamaConfig  # noqa: E402
+
+import kvplug  # noqa: E402
+from evals.report import markdown  # noqa: E402
+from evals.runs import Run, load  # noqa: E402
+from evals.strategies import EXACT  # noqa: E402
+from evals.suites import quick  # noqa: E402
+from evals.tables import Table  # noqa: E402
+
+BENCHMARKS = ROOT / "docs" / "benchmarks"
+REPORT = ROOT / "docs" / "reports" / "smollm2-135m"
+BLOCK = re.compile(r"(<!-- figures: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+SMOLLM2 = LlamaConfig(
+    num_hidden_layers=30, hidden_size=576, num_attention_heads=9, num_key_value_heads=3
+)
+
+
+def rewritten(text: str) -> str:
+    """Return a text with every block made anew."""
+    return BLOCK.sub(lambda m: f"{m[1]}{globals()[m[2]]()}\n{m[3]}", text)
+
+
+def main_job() -> str:
+    """Return the main job's table, fewer columns, and its line on noise."""
+    (run,) = load([BENCHMARKS / "main-job"])
+    (table,) = quick.tables(run.config, run.rows)
+    shown = ("strategy", "held", "decode", "prefill", "Δ", "KL", "top-1", "greedy")
+    columns = [i for i, name in enumerate(table.head) if name.startswith(shown)]
+    body = [[row[i] for i in columns] for row in table.body if not row[0].startswith("control:")]
+    noise = next(line for line in table.notes if line.startswith("A/A"))
+    return f"{_table([table.head[i] for i in columns], body)}\n\n{noise}"
+
+
+def decode() -> str:
+    """Return milliseconds per token, and times as fast as the exact cache, by context and batch."""
+    runs = load([BENCHMARKS / "decode-float32", BENCHMARKS / "decode-bfloat16"])
+    names = EXACT, "growing", "kvplug:static", "int8", "int4", "transformers:quantized"
+    body = []
+    for run in runs:
+        places = {(r["batch"], r["context"]) for r in run.rows if r["metric"] == "speedup"}
+        for batch, context in sorted(places):
+            cells = [_time(run, name, batch, context) for name in names]
+            body.append([f"{context:,}, {batch}, {run.config['dtype']}", *cells])
+    return _table(["context, batch, dtype", *names], body)
+
+
+def no_context() -> str:
+    """Return what a step costs without context."""
+    (run,) = load([BENCHMARKS / "decode-float32"])
+    step = _row(run, EXACT, "decode", 1, 0)["value"]
+    return f"Without any context a step took {step:.1f} ms, which bounds every ratio at batch 1."
+
+
+def kernel() -> str:
+    """Return one layer's attention against torch's, by heads and by what is in the caches."""
+    (run,) = load([BENCHMARKS / "kernel"])
+    cases = dict.fromkeys(r["case"] for r in run.rows if r["metric"] == "speedup")
+    names = "int8+numba", "int4+numba", "int2+numba", "torch:sdpa-bfloat16"
+    body = []
+    for case in cases:
+        found = [_row(run, name, "speedup", 1, 6016, case)["value"] for name in names]
+        body.append([case, *(f"{x:.2f}x" for x in found)])
+    return _table(["one layer at 6,016 tokens", *names], body)
+
+
+def answers() -> str:
+    """Return drift and retrieval of what is not exact."""
+    drift, hay, body = _part("drift"), _part("retrieval"), []
+    names = [r["strategy"] for r in hay.rows if r["metric"] == "retrieval"]
+    for name in dict.fromkeys(names):
+        kl, top1 = (_row(drift, name, metric, 1, 2048)["value"] for metric in ("kl", "top1"))
+        found = [
+            r["value"]
+            for r in hay.rows
+            if (r["strategy"], r["metric"], r["context"]) == (name, "retrieval", 2048)
+        ]
+        body.append([name, f"{kl:.5f}", f"{top1:.4f}", f"{sum(found) / len(found):.2f}"])
+    return _table(["strategy", "KL, nat ↓", "top-1 ↑", "words found in 2,048 tokens ↑"], body)
+
+
+def estimate() -> str:
+    """Return the sizes beside a model in bfloat16."""
+    held = {
+        name: kvplug.estimate(name, SMOLLM2, context=2048, dtype=torch.bfloat16)
+        for name in ("kvplug:static(max_cache_len=2048)", "int8", "int4", "int2")
+    }
+    exact, *coded = held.values()
+    sizes = ", ".join(f"`{n}` {x / exact:.2f}x" for n, x in zip([*held][1:], coded, strict=True))
+    return f"Of a bfloat16 cache of 2,048 tokens: {sizes} (`kvplug estimate --dtype bfloat16`)."
+
+
+def _part(suite: str) -> Run:
+    return next(run for run in load([REPORT]) if run.suite == suite)
+
+
+def _row(run: Run, strategy: str, metric: str, batch: int, context: int, case: str | None = None):
+    place = strategy, metric, batch, context, case
+    names = "strategy", "metric", "batch", "context", "case"
+    return next(row for row in run.rows if tuple(row[name] for name in names) == place)
+
+
+def _time(run: Run, strategy: str, batch: int, context: int) -> str:
+    row = _row(run, strategy, "decode", batch, context)
+    if strategy == EXACT:
+        return f"{row['value']:.1f}"
+    ratio = _row(run, strategy, "speedup", batch, context)["value"]
+    return f"{row['value']:.1f} ({ratio:.2f}x{run.noise.flag(row, ratio)})"
+
+
+def _table(head: list[str], body: list[list[str]]) -> str:
+    return markdown([Table("", head, body, [])], {}, []).strip()
+
+
+if __name__ == "__main__":
+    readme = ROOT / "README.md"
+    readme.write_text(rewritten(readme.read_text(encoding="utf-8")), encoding="utf-8")
