@@ -75,8 +75,8 @@ def drifted(
         control.check_exact(result)
     if isinstance(strategy, control.Broken):
         control.check_broken(result)
+    yield from measuring.rows(positions)  # refuses what is no number
     bench.save("drift", file_name(strategy.name), strategy=strategy.name, **result)
-    yield from measuring.rows(positions)
     if by_position:
         for label, first, last in measuring.buckets(bench.config):
             for row in measuring.rows(positions, first, last):
