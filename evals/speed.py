@@ -9,12 +9,9 @@ from evals.memory import Peak
 from evals.schema import measured
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     import torch
     from transformers import PreTrainedModel
 
-    from evals.config import Config
     from evals.strategies import Strategy
 
 WARMUP_TOKENS = 400  # several blocks of any codec: kernels that read blocks must have run
@@ -27,19 +24,20 @@ def warm_up(model: PreTrainedModel, strategy: Strategy, prompt: torch.Tensor) ->
         step(model, cache, tokens)
 
 
-def measure(
-    model: PreTrainedModel, strategy: Strategy, prompt: torch.Tensor, config: Config
-) -> Iterator[dict[str, Any]]:
-    """Yield prefill, one forward as in `generate`, and both peaks for prompt [B, T]."""
-    limit = prompt.shape[1] + config.warmup + config.decode_steps
-    warm_up(model, strategy, prompt)
+def prefill_and_peaks(
+    model: PreTrainedModel, strategy: Strategy, prompt: torch.Tensor, steps: int
+) -> tuple[float, list[dict[str, Any]]]:
+    """Have a new cache take in prompt [B, T] in one forward, and decode `steps` tokens.
+
+    Return the seconds of the first, and the rows that say the most memory in both.
+    """
     peak = Peak(model.device)
-    cache = strategy.build(model.config, limit)
+    cache = strategy.build(model.config, prompt.shape[1] + steps)
     token, seconds = step(model, cache, prompt)
-    peaks = {"peak_prefill": peak.lap()}
-    for _ in range(config.warmup + config.decode_steps):
+    tops = {"peak_prefill": peak.lap()}
+    for _ in range(steps):
         token, _ = step(model, cache, token)
-    peaks["peak_decode"] = peak.lap()
-    yield measured("prefill", seconds)
-    for name, top in peaks.items():
-        yield measured(name, *([] if top is None else [top]), note=peak.how)
+    tops["peak_decode"] = peak.lap()
+    return seconds, [
+        measured(name, *([] if top is None else [top]), note=peak.how) for name, top in tops.items()
+    ]

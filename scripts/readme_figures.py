@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 import sys
+from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -40,7 +41,7 @@ def rewritten(text: str) -> str:
 
 def main_job() -> str:
     """Return the main job's table, fewer columns, and its line on noise."""
-    (run,) = load([BENCHMARKS / "main-job"])
+    (run,) = _runs("main-job")
     (table,) = quick.tables(run.config, run.rows)
     shown = ("strategy", "held", "decode", "prefill", "Δ", "KL", "top-1", "greedy")
     columns = [i for i, name in enumerate(table.head) if name.startswith(shown)]
@@ -51,7 +52,7 @@ def main_job() -> str:
 
 def decode() -> str:
     """Return milliseconds per token, and times as fast as the exact cache, by context and batch."""
-    runs = load([BENCHMARKS / "decode-float32", BENCHMARKS / "decode-bfloat16"])
+    runs = _runs("decode-float32", "decode-bfloat16")
     names = EXACT, "growing", "kvplug:static", "int8", "int4", "transformers:quantized"
     body = []
     for run in runs:
@@ -64,14 +65,14 @@ def decode() -> str:
 
 def no_context() -> str:
     """Return what a step costs without context."""
-    (run,) = load([BENCHMARKS / "decode-float32"])
+    (run,) = _runs("decode-float32")
     step = _row(run, EXACT, "decode", 1, 0)["value"]
     return f"Without any context a step took {step:.1f} ms, which bounds every ratio at batch 1."
 
 
 def kernel() -> str:
     """Return one layer's attention against torch's, by heads and by what is in the caches."""
-    (run,) = load([BENCHMARKS / "kernel"])
+    (run,) = _runs("kernel")
     cases = dict.fromkeys(r["case"] for r in run.rows if r["metric"] == "speedup")
     names = "int8+numba", "int4+numba", "int2+numba", "torch:sdpa-bfloat16"
     body = []
@@ -107,8 +108,18 @@ def estimate() -> str:
     return f"Of a bfloat16 cache of 2,048 tokens: {sizes} (`kvplug estimate --dtype bfloat16`)."
 
 
+@cache
+def _runs(*names: str) -> list[Run]:
+    return load([BENCHMARKS / name for name in names])
+
+
+@cache
+def _report() -> list[Run]:
+    return load([REPORT])
+
+
 def _part(suite: str) -> Run:
-    return next(run for run in load([REPORT]) if run.suite == suite)
+    return next(run for run in _report() if run.suite == suite)
 
 
 def _row(run: Run, strategy: str, metric: str, batch: int, context: int, case: str | None = None):

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import kvplug
 from evals import speed
 from evals.clock import step
-from evals.memory import Peak, checked_bytes
+from evals.memory import checked_bytes
 from evals.schema import at, measured
 from evals.strategies import Rival, file_name
 from evals.tables import Table, by_strategy
@@ -45,10 +45,11 @@ def measure(
 ) -> Iterator[dict[str, Any]]:
     """Yield bytes held after a true prefill, and both peaks."""
     model, place = bench.model, {"batch": batch, "context": context}
-    speed.warm_up(model, strategy, bench.prompt(batch, context))
+    prompt = bench.prompt(batch, context)
+    speed.warm_up(model, strategy, prompt)
     # a static cache of exactly this length: what `estimate` counts
     cache = strategy.build(model.config, context)
-    step(model, cache, bench.prompt(batch, context))
+    step(model, cache, prompt)
     held = checked_bytes(cache)
     yield at(measured("bytes_held", held, note=note), **place)
     yield at(measured("bytes_per_token", held / (batch * context)), **place)
@@ -59,22 +60,9 @@ def measure(
         yield at(measured("bytes_estimated", guess), **place)
         yield at(measured("estimate_error", 100 * (guess / held - 1)), **place)
     del cache
-    for name, top, how in peaks(bench, strategy, batch, context):
-        yield at(measured(name, *([] if top is None else [top]), note=how), **place)
-
-
-def peaks(
-    bench: Bench, strategy: Strategy, batch: int, context: int
-) -> Iterator[tuple[str, int | None, str]]:
-    """Yield the most memory in prefill and in decode, with a cache that is new."""
-    steps = bench.config.decode_steps
-    peak = Peak(bench.model.device)
-    cache = strategy.build(bench.model.config, context + steps)
-    token, _ = step(bench.model, cache, bench.prompt(batch, context))
-    yield "peak_prefill", peak.lap(), peak.how
-    for _ in range(steps):
-        token, _ = step(bench.model, cache, token)
-    yield "peak_decode", peak.lap(), peak.how
+    _, peaks = speed.prefill_and_peaks(model, strategy, prompt, bench.config.decode_steps)
+    for row in peaks:
+        yield at(row, **place)
 
 
 def tables(config: dict[str, Any], rows: list[Row]) -> list[Table]:

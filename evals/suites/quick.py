@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from evals import control, greedy, speed
 from evals.config import ConfigError
 from evals.noise import Noise
+from evals.schema import measured
 from evals.strategies import file_name
 from evals.suites import decode, drift
 from evals.tables import Table, by_strategy
@@ -78,8 +79,13 @@ def tasks(bench: Bench) -> Iterator[Task]:
 
 def timed(bench: Bench, strategy: Strategy) -> Iterator[dict[str, Any]]:
     """Yield prefill and peak memory of one strategy."""
-    prompt = bench.prompt(bench.config.batch[0], bench.config.context[0])
-    yield from speed.measure(bench.model, strategy, prompt, bench.config)
+    config = bench.config
+    prompt = bench.prompt(config.batch[0], config.context[0])
+    speed.warm_up(bench.model, strategy, prompt)
+    steps = config.warmup + config.decode_steps
+    seconds, peaks = speed.prefill_and_peaks(bench.model, strategy, prompt, steps)
+    yield measured("prefill", seconds)
+    yield from peaks
     bench.tick()
 
 
