@@ -172,7 +172,7 @@ def listing(given: dict[str, Any], console: Console) -> int:
     for name in suites.names():
         say(f"--suite {name:9} {suites.get(name).__doc__.partition(chr(10))[0]}")
     say("rows by default: " + ", ".join(Config.strategies))
-    say("rivals: " + ", ".join(rivals.names()))
+    say("rivals: " + ", ".join(rivals.modules()))
     say("any kvplug strategy is a row too: `kvplug list`")
     for name, metric in METRICS.items():
         say(f"{name:17} {metric.unit:9} {metric.better:7} {metric.doc}")

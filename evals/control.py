@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 import kvplug
 from evals.noise import SAME
-from evals.strategies import EXACT, Rival, Strategy
+from evals.strategies import Rival, Strategy
 from kvplug.codecs.affine import Int2
 from kvplug.kernels.reference import Reference
 from kvplug.spec import parse
@@ -66,11 +66,7 @@ class Same(Rival):
     """The exact cache, measured again."""
 
     name: str = SAME
-
-    @property
-    def spec(self) -> str:
-        """The adapter of the exact cache."""
-        return Rival(EXACT).spec
+    module: str = "evals.rivals.transformers_dynamic"
 
 
 @dataclass(frozen=True)

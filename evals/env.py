@@ -12,6 +12,9 @@ from typing import Any
 
 import torch
 
+from evals import rivals
+from kvplug.registry import REGISTRIES
+
 PACKAGES = (
     "kvplug",
     "torch",
@@ -31,7 +34,8 @@ def describe(fingerprints: dict[str, str], placement: str, seed: int) -> dict[st
     return {
         "git": git(),
         "versions": {"python": platform.python_version()}
-        | {name: version(name) for name in PACKAGES},
+        | {name: version(name) for name in PACKAGES}
+        | plugins(),
         "hardware": hardware(),
         "system": platform.platform(),
         "cores": os.cpu_count(),
@@ -68,6 +72,13 @@ def version(package: str) -> str | None:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return None
+
+
+def plugins() -> dict[str, str]:
+    """Return the versions of the distributions that add stages or rivals by entry point."""
+    groups = (rivals.GROUP, *(registry.group for registry in REGISTRIES.values()))
+    owners = (entry.dist for group in groups for entry in metadata.entry_points(group=group))
+    return {dist.name: dist.version for dist in owners}
 
 
 def hardware() -> str:

@@ -44,16 +44,18 @@ class Strategy:
 
 @dataclass(frozen=True)
 class Rival(Strategy):
-    """A cache from elsewhere, built by its adapter file."""
+    """A cache from elsewhere, built by its adapter."""
+
+    module: str
 
     @property
     def spec(self) -> str:
         """The adapter that builds it."""
-        return f"evals.rivals.{self.name.replace(':', '_', 1)}"
+        return self.module
 
     def build(self, config: PreTrainedConfig, max_cache_len: int) -> Cache:
         """Return an empty cache for a model of this config."""
-        return import_module(self.spec).build(config, max_cache_len)
+        return import_module(self.module).build(config, max_cache_len)
 
     def generate_arguments(self, config: PreTrainedConfig, max_cache_len: int) -> dict[str, Any]:
         """Return what selects this cache in `generate`: an object, since it has no name there."""
@@ -71,12 +73,13 @@ def file_name(name: str) -> str:
 
 def resolve(names: Iterable[str]) -> list[Strategy]:
     """Check every name, and return the rows in order, the exact cache first and nothing twice."""
-    known, rows = rivals.names(), {EXACT: Rival(EXACT)}
+    known = rivals.modules()
+    rows: dict[str, Strategy] = {EXACT: Rival(EXACT, known[EXACT])}
     for name in (BARE.get(name, name) for name in names):
         if name in known:
-            rows[name] = Rival(name)
+            rows[name] = Rival(name, known[name])
         elif name.split(":")[0] in {rival.split(":")[0] for rival in known}:
-            raise ConfigError(unknown("rival", name, known))
+            raise ConfigError(unknown("rival", name, list(known)))
         else:
             try:
                 parse(name)

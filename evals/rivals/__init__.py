@@ -1,15 +1,35 @@
-"""Caches that kvplug is measured against: one small file each.
+"""Caches that kvplug is measured against: one small module each.
 
-A file `<who>_<what>.py` is the row `<who>:<what>`. It says in its docstring what the cache is, and
-has one function, `build(config, max_cache_len) -> Cache`. Its imports belong inside that function
-where they are optional, so that a rival that is not installed is a row that says so.
+A module called `<who>_<what>` is the row `<who>:<what>`. It says in its docstring what the cache
+is, and has one function, `build(config, max_cache_len) -> Cache`. Imports that are optional belong
+inside that function, so that a rival that is not installed is a row that says so.
+
+A file here is one. So is a module of another distribution under the entry point `<who>_<what>`.
 """
 
 from __future__ import annotations
 
 import pkgutil
+import warnings
+from importlib.metadata import entry_points
+
+GROUP = "kvplug.rivals"
 
 
-def names() -> list[str]:
-    """Return the rows that the files here add."""
-    return sorted(module.name.replace("_", ":", 1) for module in pkgutil.iter_modules(__path__))
+def modules() -> dict[str, str]:
+    """Return the module of each row, sorted by the rows' names.
+
+    An entry point whose name is taken, or is none that a row can have, is left out with a warning.
+    """
+    found = {file.name: f"{__name__}.{file.name}" for file in pkgutil.iter_modules(__path__)}
+    for entry in entry_points(group=GROUP):
+        who, _, what = entry.name.partition("_")
+        if found.get(entry.name, entry.value) != entry.value:
+            reason = f"{found[entry.name]} has the name"
+        elif not (who and what) or who in ("kvplug", "control"):
+            reason = "names are WHO_WHAT, and kvplug and control are ours"
+        else:
+            found[entry.name] = entry.value
+            continue
+        warnings.warn(f"rival {entry.name!r} from {entry.value!r} ignored: {reason}", stacklevel=2)
+    return {name.replace("_", ":", 1): found[name] for name in sorted(found)}

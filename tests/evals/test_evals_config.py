@@ -42,10 +42,10 @@ def test_the_key_depends_on_every_field():
 def test_the_exact_cache_comes_first_and_nothing_twice():
     rows = resolve(["int8", "static", "dynamic", "int8", "transformers:static"])
     assert rows == [
-        Rival(EXACT),
+        Rival(EXACT, "evals.rivals.transformers_dynamic"),
         Strategy("int8"),
         Strategy("kvplug:static"),
-        Rival("transformers:static"),
+        Rival("transformers:static", "evals.rivals.transformers_static"),
     ]
     assert "int8" in rows[1].spec
     assert len(rows[1].spec) > len("int8"), "the defaults are written out"
