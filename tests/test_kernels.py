@@ -16,7 +16,7 @@ import kvplug
 from kvplug import registry
 from kvplug.codecs.base import Codec
 from kvplug.codecs.exact import Exact
-from kvplug.kernels import auto
+from kvplug.kernels import auto, cpu
 from kvplug.kernels.base import Kernel
 from kvplug.kernels.cpu import Numba
 from kvplug.kernels.reference import Reference
@@ -200,9 +200,21 @@ def test_two_python_threads_at_once():
     assert all(torch.equal(call.result()[0], alone) for call in calls)
 
 
-def test_memory_laid_out_otherwise():
+@pytest.mark.parametrize("spec", ["int8", "int4", "int2", "int4(block=128)", "int8(v_bits=2)"])
+@pytest.mark.parametrize("head_dim", [32, 64, 96, 128, 256])
+def test_codes_become_floats_in_registers(spec, head_dim):
+    codec = kvplug.parse(spec).codec
+    stored = random_stored(codec, H=1, N=1, Dk=head_dim, Dv=head_dim)
+    coded = cpu._coded(stored, codec.block)
+    assert cpu._in_vectors(coded, head_dim)
+    stored = random_stored(codec, H=1, N=1, Dk=head_dim, Dv=20)
+    assert not cpu._in_vectors(cpu._coded(stored, codec.block), 20), "20 is no number of vectors"
+
+
+@pytest.mark.parametrize("spec", ["int4(block=8, group=8)", "int8(v_bits=4)"])
+def test_memory_laid_out_otherwise(spec):
     """Transposed queries and masks, blocks and tail that are slices of larger buffers."""
-    codec = kvplug.parse("int4(block=8, group=8)").codec
+    codec = kvplug.parse(spec).codec
     stored = random_stored(codec, B=2, N=3, R=5)
     room = {name: torch.cat((x, x, x), 2) for name, x in stored.blocks.items()}
     tail = [torch.cat((x, x), 2)[:, :, 5:] for x in stored.tail]

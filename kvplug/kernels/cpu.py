@@ -1,9 +1,10 @@
 """`numba`: attention on the CPU that reads encoded blocks as they are stored.
 
-Columns are taken in tiles of `TILE`. A tile is decoded once, into scratch that stays in the
-first-level cache, and read by all query rows of its head: keys as [Dk, TILE] so that scores run
-along tokens, values as [TILE, Dv]. Work is split over batch, heads, row tiles and, where these
-leave cores idle, the sequence; the splits are merged by their log-sum-exp (flash decoding).
+Columns are taken in tiles of `TILE`, read by all query rows of their head: keys as [Dk, TILE] so
+that scores run along tokens, values as [TILE, Dv]. Codes become floats in registers, between the
+load and the products, where a tile is made of whole vectors; other tiles are decoded once, into
+scratch that stays in the first-level cache. Work is split over batch, heads, row tiles and, where
+these leave cores idle, the sequence; the splits are merged by their log-sum-exp (flash decoding).
 """
 
 from __future__ import annotations
@@ -159,7 +160,7 @@ def compiled() -> Callable:
 
 
 COMPILING = (
-    "kvplug: compiling the CPU kernel: some 20 seconds, once per machine; "
+    "kvplug: compiling the CPU kernel: some 40 seconds, once per machine; "
     "`kvplug warmup` does it ahead of time"
 )
 
@@ -317,39 +318,54 @@ def _attend_split(
     before_coded = of_head + of_plain
     before_tail = before_coded + of_coded
     tiles = before_tail + of_tail
+    # many rows: a tile is decoded faster once than with every two of them
+    in_vectors = of_coded > 0 and rows <= ROWS // 2 and _in_vectors(coded, Dv)
     for tile in range(split * tiles // splits, (split + 1) * tiles // splits):
-        # from which source, from which of its tokens on, how many, and at which column; then where
-        # its values are, and how many numbers from one to the next
-        if tile < of_head:
-            start, n, column = _span(head[0], head[1], tile)
-            found, step = _take(head, b, h, start, n, Dk, Dv, width, keys, values)
-        elif tile < before_coded:
-            start, n, column = _span(plain[0], plain[1], tile - of_head)
-            found, step = _take(plain, b, h, start, n, Dk, Dv, width, keys, values)
-            column += head[0]
-        elif tile < before_tail:
+        # from which of its source's tokens on, how many, and at which column; then where its values
+        # are, and how many numbers from one to the next, if not in codes
+        in_codes = False
+        if before_coded <= tile < before_tail:
             start, n, column = _span(coded[0], coded[1], tile - before_coded)
-            _decode_keys(coded, b, h, start, n, Dk, keys)
-            _decode_values(coded, b, h, start, n, Dv, width, values)
-            found, step = values, width
             column += head[0]
+            in_codes = in_vectors and n == TILE and start % TILE == 0
+            if in_codes:
+                _take_scales(coded, b, h, start, Dk, keys, values)
+            else:
+                _decode_keys(coded, b, h, start, n, Dk, keys)
+                _decode_values(coded, b, h, start, n, Dv, width, values)
+            found, step = values, width
         else:
-            start, n, column = _span(tail[0], tail[1], tile - before_tail)
-            found, step = _take(tail, b, h, start, n, Dk, Dv, width, keys, values)
-            column += head[0] + plain[0] - plain[1] + coded[0] - coded[1]
+            if tile < of_head:
+                source, earlier, columns = head, 0, 0
+            elif tile < before_coded:
+                source, earlier, columns = plain, of_head, head[0]
+            else:
+                source, earlier = tail, before_tail
+                columns = head[0] + plain[0] - plain[1] + coded[0] - coded[1]
+            start, n, column = _span(source[0], source[1], tile - earlier)
+            column += columns
+            found, step = _take(source, b, h, start, n, Dk, Dv, width, keys, values)
         r = 0
         while r < rows:
             some = 3 if (rows - r) % 2 and rows - r > 1 else 2  # two by two; first three if odd
             s = scores + 4 * r * TILE
             for c in range(0, some * TILE, LANES):
                 store(s, c, spread(ZERO))
-            _add_products(queries + 4 * r * Dk, Dk, some, Dk, keys, TILE, TILE, s)
+            q = queries + 4 * r * Dk
+            if in_codes:
+                codes = _key_codes(coded, b, h, start, keys, Dk)
+                _add_products(q, Dk, some, Dk, codes, TILE, s)
+            else:
+                _add_products(q, Dk, some, Dk, _floats(keys, TILE), TILE, s)
             for i in range(r, min(r + some, rows)):
                 s = scores + 4 * i * TILE
                 _hide(mask, b, h * G + (first + i) // S, (first + i) % S, column, n, s)
                 _softmax(s, highest, sums, i, sides + 4 * i * width, width)
-            s = scores + 4 * r * TILE
-            _add_products(s, TILE, some, n, found, step, width, sides + 4 * r * width)
+            s, side = scores + 4 * r * TILE, sides + 4 * r * width
+            if in_codes:
+                _add_coded_values(coded, b, h, start, s, some, Dv, values, side)
+            else:
+                _add_products(s, TILE, some, n, _floats(found, step), width, side)
             r += some
 
 
@@ -392,13 +408,13 @@ def _take(source, b, h, start, n, Dk, Dv, width, keys, values):
     k_rows = k_base + size * (b * k_batch + h * k_head + start * k_token)
     v_rows = v_base + size * (b * v_batch + h * v_head + start * v_token)
     _prefetch(k_rows, size * k_token, n, size * Dk)
-    if form == 0:
-        _turn(k_rows, k_token, n, Dk, keys)
-    else:
-        for part in range(0, Dk, width):  # the room of the values holds a part of the keys
-            m = min(width, Dk - part)
+    most = Dk if form == 0 else width  # the room of the values holds a part of the keys
+    for part in range(0, Dk, most):
+        m, rows, step = min(most, Dk - part), k_rows, k_token
+        if form != 0:
             _copy(k_rows + size * part, k_token, n, m, form, values, width)
-            _turn(values, width, n, m, keys + 4 * part * TILE)
+            rows, step = values, width
+        _turn(rows, step, n, m, keys + 4 * part * TILE)
     _prefetch(v_rows, size * v_token, n, size * Dv)
     if form == 0 and Dv == width:
         return v_rows, v_token
@@ -449,8 +465,6 @@ def _decode_keys(coded, b, h, start, n, Dk, out):
     """Keys of `Affine`, channel by channel: [Dk, TILE]."""
     block, bits = coded[2], coded[3]
     codes, codes_batch, codes_head, codes_block, codes_channel = coded[6:11]
-    scale, scale_batch, scale_head, scale_block = coded[11:15]
-    zero, zero_batch, zero_head, zero_block = coded[15:19]
     packed = block * bits // 8  # bytes of a channel: byte i has the tokens i, i + packed, ...
     t = 0
     while t < n:
@@ -458,8 +472,7 @@ def _decode_keys(coded, b, h, start, n, Dk, out):
         part, byte = token // packed, token % packed
         run = min(packed - byte, n - t)
         code = codes + b * codes_batch + h * codes_head + i * codes_block + byte
-        s = scale + 2 * (b * scale_batch + h * scale_head + i * scale_block)
-        z = zero + 2 * (b * zero_batch + h * zero_head + i * zero_block)
+        s, z = _halves(coded[11:15], b, h, i), _halves(coded[15:19], b, h, i)
         for d in range(Dk):
             prefetch(code + d * codes_channel + codes_block)
             _dequantize(
@@ -480,8 +493,6 @@ def _decode_values(coded, b, h, start, n, Dv, width, out):
     """Values of `Affine`, token by token: [n, width]."""
     block, bits, groups = coded[2], coded[4], coded[5]
     codes, codes_batch, codes_head, codes_block, codes_row = coded[19:24]
-    scale, scale_batch, scale_head, scale_block, scale_token = coded[24:29]
-    zero, zero_batch, zero_head, zero_block, zero_token = coded[29:34]
     packed, size = block * bits // 8, Dv // groups
     t = 0
     while t < n:
@@ -489,8 +500,8 @@ def _decode_values(coded, b, h, start, n, Dv, width, out):
         part, byte = token // packed, token % packed
         run = min(packed - byte, n - t)
         code = codes + b * codes_batch + h * codes_head + i * codes_block + byte * codes_row
-        s = scale + 2 * (b * scale_batch + h * scale_head + i * scale_block + token * scale_token)
-        z = zero + 2 * (b * zero_batch + h * zero_head + i * zero_block + token * zero_token)
+        s = _halves(coded[24:28], b, h, i) + 2 * token * coded[28]
+        z = _halves(coded[29:33], b, h, i) + 2 * token * coded[33]
         for row in range(t, t + run):
             prefetch(code + codes_block)
             for g in range(groups):
@@ -504,8 +515,15 @@ def _decode_values(coded, b, h, start, n, Dv, width, out):
                         code + g * size, size, part * bits, bits, half_at(s, g), half_at(z, g),
                         out + 4 * (row * width + g * size),
                     )  # fmt: skip
-            code, s, z = code + codes_row, s + 2 * scale_token, z + 2 * zero_token
+            code, s, z = code + codes_row, s + 2 * coded[28], z + 2 * coded[33]
         t += run
+
+
+@inlined
+def _halves(tensor, b, h, i):
+    """Address of block i of a head in float16 numbers: their address, strides of B, H and N."""
+    base, by_batch, by_head, by_block = tensor
+    return base + 2 * (b * by_batch + h * by_head + i * by_block)
 
 
 @inlined
@@ -529,36 +547,140 @@ def _dequantize_rest(codes, n, shift, bits, scale, zero, out):
 
 
 @inlined
-def _add_products(x, x_step, rows, n, matrix, step, columns, out):
+def _in_vectors(coded, Dv):
+    """Whether tiles of codes are vectors that each have one shift, and one scale per row."""
+    block, k_bits, _, groups = coded[2:6]
+    whole = block % TILE == 0 and block * k_bits // 8 % LANES == 0 and Dv // groups % LANES == 0
+    return whole and coded[28] == groups and coded[33] == groups
+
+
+@inlined
+def _take_scales(coded, b, h, start, Dk, keys, values):
+    """Scales, then zeros, of a tile as floats: [2, Dk] of its keys, [2, TILE, groups] of values."""
+    block, groups = coded[2], coded[5]
+    i, first, n = start // block, 2 * groups * (start % block), TILE * groups
+    _widen(_halves(coded[11:15], b, h, i), Dk, keys)
+    _widen(_halves(coded[15:19], b, h, i), Dk, keys + 4 * Dk)
+    _widen(_halves(coded[24:28], b, h, i) + first, n, values)
+    _widen(_halves(coded[29:33], b, h, i) + first, n, values + 4 * n)
+
+
+@inlined
+def _widen(halves, n, out):
+    """Numbers of float16 -> floats."""
+    whole = n - n % LANES
+    for i in range(0, whole, LANES):
+        store(out, i, load_halves(halves, i))
+    for i in range(whole, n):
+        put(out, i, half_at(halves, i))
+
+
+# A matrix, for the products below, in numbers: address; bytes from a row to the next, and to the
+# one to prefetch; bytes of a column; columns after which the same bytes come again, shifted by
+# `bits`; where among those its first column is, and the shift there; bits of a code, 0 for floats;
+# addresses of scales and zeros, bytes from those of a row to the next, columns that share them.
+ENDLESS = 1 << 30
+
+
+@inlined
+def _floats(address, step):
+    """A matrix of floats, rows `step` floats apart."""
+    return address, 4 * step, 0, 4, ENDLESS, 0, 0, 0, 0, 0, 0, ENDLESS
+
+
+@inlined
+def _key_codes(coded, b, h, start, scales, Dk):
+    """The matrix [Dk, TILE] of a tile's keys."""
+    block, bits = coded[2], coded[3]
+    codes, codes_batch, codes_head, codes_block, codes_channel = coded[6:11]
+    address = codes + b * codes_batch + h * codes_head + start // block * codes_block
+    zeros, wrap = scales + 4 * Dk, block * bits // 8
+    return (
+        address, codes_channel, codes_block, 1, wrap, start % block, 0, bits,
+        scales, zeros, 4, ENDLESS,
+    )  # fmt: skip
+
+
+@inlined
+def _add_coded_values(coded, b, h, start, x, rows, Dv, scales, out):
+    """out[rows, Dv] += x[rows, TILE] @ values of a tile; bytes hold tokens `packed` apart."""
+    block, bits, groups = coded[2], coded[4], coded[5]
+    codes, codes_batch, codes_head, codes_block, codes_row = coded[19:24]
+    address = codes + b * codes_batch + h * codes_head + start // block * codes_block
+    zeros, packed = scales + 4 * TILE * groups, block * bits // 8
+    t = 0
+    while t < TILE:
+        part, byte = (start + t) % block // packed, (start + t) % block % packed
+        n, scale = min(packed - byte, TILE - t), 4 * t * groups
+        matrix = (
+            address + byte * codes_row, codes_row, codes_block, 1, ENDLESS, 0, part * bits, bits,
+            scales + scale, zeros + scale, 4 * groups, Dv // groups,
+        )  # fmt: skip
+        _add_products(x + 4 * t, TILE, rows, n, matrix, Dv, out)
+        t += n
+
+
+@inlined
+def _place(matrix, c):
+    """Of the vector of columns from c on: bytes from its row's address and scale, and its shift."""
+    _, _, _, size, wrap, first, shift, bits, _, _, _, group = matrix
+    return (first + c) % wrap * size, c // group * 4, shift + (first + c) // wrap * bits
+
+
+@inlined
+def _vector(matrix, i, at, scale, shift):
+    """The floats of row i at a place."""
+    address, step, _, _, _, _, _, bits, scales, zeros, next_scale, _ = matrix
+    row = address + i * step + at
+    if bits == 0:
+        return load(row, 0)
+    scale += i * next_scale
+    codes = load_codes(row, 0, shift, (1 << bits) - 1)
+    return multiply_add(
+        codes, spread(float_at(scales + scale, 0)), spread(float_at(zeros + scale, 0))
+    )
+
+
+@inlined
+def _add_products(x, x_step, rows, n, matrix, columns, out):
     """out[rows, columns] += x[rows, :n] @ matrix[:n, columns], for two or three rows."""
     done = 0
     while done + 4 * LANES <= columns:
         if rows == 3:
-            _add_three(x, x_step, n, matrix + 4 * done, step, columns, out + 4 * done)
+            _add_three(x, x_step, n, matrix, done, columns, out + 4 * done)
         else:
-            _add_two(x, x_step, n, matrix + 4 * done, step, columns, out + 4 * done)
+            _add_two(x, x_step, n, matrix, done, columns, out + 4 * done)
         done += 4 * LANES
     for c in range(done, columns, LANES):
+        at, scale, shift = _place(matrix, c)
         for r in range(rows):
             a = load(out, r * columns + c)
             for i in range(n):
                 b = spread(float_at(x, r * x_step + i))
-                a = multiply_add(b, load(matrix, i * step + c), a)
+                a = multiply_add(b, _vector(matrix, i, at, scale, shift), a)
             store(out, r * columns + c, a)
 
 
 @inlined
-def _add_two(x, x_step, n, matrix, step, columns, out):
-    """Two rows by four vectors, sums in eight registers."""
+def _add_two(x, x_step, n, matrix, c, columns, out):
+    """Two rows by the four vectors from column c on, sums in eight registers."""
+    at0, scale0, shift0 = _place(matrix, c)
+    at1, scale1, shift1 = _place(matrix, c + LANES)
+    at2, scale2, shift2 = _place(matrix, c + 2 * LANES)
+    at3, scale3, shift3 = _place(matrix, c + 3 * LANES)
+    step, ahead = matrix[1:3]
     y, out1 = x + 4 * x_step, out + 4 * columns
     a0, a1 = load(out, 0), load(out, LANES)
     a2, a3 = load(out, 2 * LANES), load(out, 3 * LANES)
     b0, b1 = load(out1, 0), load(out1, LANES)
     b2, b3 = load(out1, 2 * LANES), load(out1, 3 * LANES)
     for i in range(n):
-        row = matrix + 4 * i * step
-        m0, m1 = load(row, 0), load(row, LANES)
-        m2, m3 = load(row, 2 * LANES), load(row, 3 * LANES)
+        if ahead:
+            prefetch(matrix[0] + at0 + i * step + ahead)
+        m0 = _vector(matrix, i, at0, scale0, shift0)
+        m1 = _vector(matrix, i, at1, scale1, shift1)
+        m2 = _vector(matrix, i, at2, scale2, shift2)
+        m3 = _vector(matrix, i, at3, scale3, shift3)
         a, b = spread(float_at(x, i)), spread(float_at(y, i))
         a0, a1 = multiply_add(a, m0, a0), multiply_add(a, m1, a1)
         a2, a3 = multiply_add(a, m2, a2), multiply_add(a, m3, a3)
@@ -575,27 +697,35 @@ def _add_two(x, x_step, n, matrix, step, columns, out):
 
 
 @inlined
-def _add_three(x, x_step, n, matrix, step, columns, out):
-    """Three rows by four vectors, sums in twelve registers."""
+def _add_three(x, x_step, n, matrix, c, columns, out):
+    """Three rows by the four vectors from column c on, sums in twelve registers."""
+    at0, scale0, shift0 = _place(matrix, c)
+    at1, scale1, shift1 = _place(matrix, c + LANES)
+    at2, scale2, shift2 = _place(matrix, c + 2 * LANES)
+    at3, scale3, shift3 = _place(matrix, c + 3 * LANES)
+    step, ahead = matrix[1:3]
     y, z = x + 4 * x_step, x + 8 * x_step
     out1, out2 = out + 4 * columns, out + 8 * columns
     a0, a1 = load(out, 0), load(out, LANES)
     a2, a3 = load(out, 2 * LANES), load(out, 3 * LANES)
     b0, b1 = load(out1, 0), load(out1, LANES)
     b2, b3 = load(out1, 2 * LANES), load(out1, 3 * LANES)
-    c0, c1 = load(out2, 0), load(out2, LANES)
-    c2, c3 = load(out2, 2 * LANES), load(out2, 3 * LANES)
+    d0, d1 = load(out2, 0), load(out2, LANES)
+    d2, d3 = load(out2, 2 * LANES), load(out2, 3 * LANES)
     for i in range(n):
-        row = matrix + 4 * i * step
-        m0, m1 = load(row, 0), load(row, LANES)
-        m2, m3 = load(row, 2 * LANES), load(row, 3 * LANES)
-        a, b, c = spread(float_at(x, i)), spread(float_at(y, i)), spread(float_at(z, i))
+        if ahead:
+            prefetch(matrix[0] + at0 + i * step + ahead)
+        m0 = _vector(matrix, i, at0, scale0, shift0)
+        m1 = _vector(matrix, i, at1, scale1, shift1)
+        m2 = _vector(matrix, i, at2, scale2, shift2)
+        m3 = _vector(matrix, i, at3, scale3, shift3)
+        a, b, d = spread(float_at(x, i)), spread(float_at(y, i)), spread(float_at(z, i))
         a0, a1 = multiply_add(a, m0, a0), multiply_add(a, m1, a1)
         a2, a3 = multiply_add(a, m2, a2), multiply_add(a, m3, a3)
         b0, b1 = multiply_add(b, m0, b0), multiply_add(b, m1, b1)
         b2, b3 = multiply_add(b, m2, b2), multiply_add(b, m3, b3)
-        c0, c1 = multiply_add(c, m0, c0), multiply_add(c, m1, c1)
-        c2, c3 = multiply_add(c, m2, c2), multiply_add(c, m3, c3)
+        d0, d1 = multiply_add(d, m0, d0), multiply_add(d, m1, d1)
+        d2, d3 = multiply_add(d, m2, d2), multiply_add(d, m3, d3)
     store(out, 0, a0)
     store(out, LANES, a1)
     store(out, 2 * LANES, a2)
@@ -604,10 +734,10 @@ def _add_three(x, x_step, n, matrix, step, columns, out):
     store(out1, LANES, b1)
     store(out1, 2 * LANES, b2)
     store(out1, 3 * LANES, b3)
-    store(out2, 0, c0)
-    store(out2, LANES, c1)
-    store(out2, 2 * LANES, c2)
-    store(out2, 3 * LANES, c3)
+    store(out2, 0, d0)
+    store(out2, LANES, d1)
+    store(out2, 2 * LANES, d2)
+    store(out2, 3 * LANES, d3)
 
 
 @inlined
@@ -636,7 +766,7 @@ def _softmax(scores, highest, sums, r, side, width):
     """Scores of a tile -> weights, relative to the row's new maximum; what it has is rescaled."""
     best = load(scores, 0)
     for c in range(LANES, TILE, LANES):
-        best = larger(best, load(scores, c))
+        best = larger(load(scores, c), best)
     old, new = float_at(highest, r), largest(best)
     if new > old:
         shrink = np.float32(math.exp(old - new))

@@ -268,24 +268,29 @@ def _(ll, x, y, z):
 
 @operation(VECTOR, VECTOR, VECTOR)
 def larger(x, y):
-    """The larger one, lane by lane."""
-    return np.fmax(x, y)
+    """The larger one, lane by lane; `y` where one is NaN."""
+    return np.where(x > y, x, y)
 
 
 @larger.compiled
 def _(ll, x, y):
-    return _call(ll, f"llvm.maxnum.{FLOATS}", x.type, x, y)
+    return ll.select(ll.fcmp_ordered(">", x, y), x, y)
 
 
 @operation(FLOAT, VECTOR)
 def largest(x):
-    """The largest lane."""
+    """The largest lane; any, where one is NaN."""
     return x.max()
 
 
 @largest.compiled
 def _(ll, x):
-    return _call(ll, f"llvm.vector.reduce.fmax.{FLOATS}", F32, x)
+    # not llvm.vector.reduce.fmax, which looks for NaN at every step: three times the instructions
+    for half in (LANES >> i for i in range(1, LANES.bit_length())):
+        lanes = [(i + half) % LANES for i in range(LANES)]
+        y = ll.shuffle_vector(x, x, ir.Constant(ir.VectorType(I32, LANES), lanes))
+        x = ll.select(ll.fcmp_ordered(">", x, y), x, y)
+    return ll.extract_element(x, I32(0))
 
 
 @operation(FLOAT, VECTOR)
@@ -311,14 +316,15 @@ def _(ll, condition, x, y):
     return ll.select(ll.fcmp_ordered(">", condition, _spread(ll, F32(0.0))), x, y)
 
 
-# 2**f on [0, 1): minimax of degree 5, relative error 1.7e-7
-EXP2 = (1.86713017e-3, 9.01702978e-3, 5.57999127e-2, 2.40164444e-1, 6.93151295e-1, 1.0)
+# 2**f on [-1/2, 1/2]: minimax of degree 5, exact at 0, relative error 9.1e-8
+EXP2 = (1.32647271e-3, 9.67151264e-3, 5.55073374e-2, 0.240222421, 0.693146978, 1.0)
+ROUND = 1.5 * 2**23  # a float32 of this size has no bits below one: the sum is rounded
 
 
 @operation(VECTOR, VECTOR)
 def exp2(x):
     """`2 ** x` for x <= 0; zero where that is below float32's normal numbers."""
-    whole = np.floor(np.maximum(x, np.float32(-126)))
+    whole = np.rint(np.maximum(x, np.float32(-126)))
     part = np.maximum(x, np.float32(-126)) - whole
     power = np.float32(EXP2[0])
     for c in EXP2[1:]:
@@ -330,16 +336,14 @@ def exp2(x):
 
 @exp2.compiled
 def _(ll, x):
-    integers = ir.VectorType(I32, LANES)
-    lowest = _spread(ll, F32(-126.0))
+    lowest, magic = _spread(ll, F32(-126.0)), _spread(ll, F32(ROUND))
     under = ll.fcmp_ordered("<", x, lowest)
     x = ll.select(under, lowest, x)  # not maxnum: NaN must stay
-    whole = _call(ll, f"llvm.floor.{FLOATS}", x.type, x)
-    part, power = ll.fsub(x, whole), _spread(ll, F32(EXP2[0]))
+    rounded = ll.fadd(x, magic)  # whose low bits are the whole number
+    part, power = ll.fsub(x, ll.fsub(rounded, magic)), _spread(ll, F32(EXP2[0]))
     for c in EXP2[1:]:
         power = _call(ll, f"llvm.fma.{FLOATS}", x.type, power, part, _spread(ll, F32(c)))
-    to_int = f"llvm.fptosi.sat.v{LANES}i32.{FLOATS}"  # NaN gives 0, not poison
-    biased = ll.add(_call(ll, to_int, integers, whole), _spread(ll, I32(127)))
+    biased = ll.add(ll.bitcast(rounded, ir.VectorType(I32, LANES)), _spread(ll, I32(127)))
     exponent = ll.bitcast(ll.shl(biased, _spread(ll, I32(23))), x.type)
     return ll.select(under, _spread(ll, F32(0.0)), ll.fmul(power, exponent))
 

@@ -96,7 +96,7 @@ class KernelConformance:
 
     @pytest.fixture
     def codecs(self) -> list[Codec]:
-        """Codecs with small blocks."""
+        """Codecs with small blocks, and with those that are used."""
         return [
             parse(spec).codec
             for spec in (
@@ -105,6 +105,9 @@ class KernelConformance:
                 "int4(block=8, group=8)",
                 "int2(block=16)",
                 "int8(block=8, k_bits=8, v_bits=4)",
+                "int8",
+                "int4",
+                "int2(block=128, k_bits=4)",
             )
         ]
 
@@ -139,12 +142,12 @@ class KernelConformance:
         codec = draw(st.sampled_from(codecs))
         N, R = draw(st.integers(0, 3)), draw(st.integers(0, 9))
         F, empty = draw(st.integers(0, 3)), draw(st.sampled_from([0, 0, 5]))
-        skip = draw(st.integers(0, codec.block - 1)) if N else 0
+        skip = draw(st.integers(0, codec.block - 1) | st.just(0)) if N else 0
         if N * codec.block - skip + R + F + empty == 0:
             R = 1
         B, H, G = draw(st.integers(1, 2)), draw(st.integers(1, 3)), draw(st.integers(1, 4))
         S = draw(st.sampled_from([1, 1, 2, 5]))
-        Dk, Dv = draw(st.sampled_from([(8, 8), (16, 24), (24, 16), (64, 64), (80, 80), (40, 8)]))
+        Dk, Dv = draw(st.sampled_from([(8, 8), (16, 24), (24, 16), (64, 64), (80, 96), (40, 8)]))
         dtype = draw(st.sampled_from(DTYPES))
         seed = draw(st.integers(0, 1000))
         stored = random_stored(
