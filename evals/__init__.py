@@ -13,6 +13,6 @@ that measure no time over processes (processes.py).
 A run is: a `Config` (config.py), a suite (suites/) that makes `Task`s (task.py) for strategies
 (strategies.py, rivals/, control.py) on a `Bench` (bench.py: model.py, data.py, machine.py, fill.py,
 pace.py), rows (schema.py) in a folder (store.py) and a report (report.py, tables.py, picture.py).
-The measurements are speed.py, drift.py, greedy.py, needles.py, memory.py and race.py. Nothing here
-is imported by kvplug.
+The measurements are speed.py, drift.py, greedy.py, needles.py, memory.py, peaks.py and race.py.
+Nothing here is imported by kvplug.
 """

@@ -1,21 +1,14 @@
-"""Bytes, without asking the cache: a walk over what it holds, and the peak that the process
-reached.
-"""
+"""Bytes, without asking the cache: a walk over what it holds."""
 
 from __future__ import annotations
 
-import ctypes
 import gc
-import sys
-from pathlib import Path
 from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
 from typing import Any
 
 import numpy as np
 import psutil
 import torch
-
-STATUS, CLEAR_REFS = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
 def held_bytes(root: Any) -> int:
@@ -84,67 +77,6 @@ def _storage(x: torch.Tensor) -> tuple[int, int]:
         except (RuntimeError, NotImplementedError):  # wrapper subclasses have no storage
             return 0, 0
     return (address, storage.nbytes()) if address else (0, 0)
-
-
-class Peak:
-    """High-water marks above the level at construction: `lap()` gives the highest point since the
-    last lap.
-
-    On a CPU this reads the kernel's mark, which sees every allocation of the process, whoever made
-    it; freed memory that malloc kept is handed back first, so that its reuse does not hide an
-    allocation. `how` says which mark was read, or why there is none, in which case laps are None.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        gc.collect()
-        if device.type == "cuda":
-            self.how = "torch.cuda.max_memory_allocated"
-        elif device.type == "cpu" and CLEAR_REFS.exists():
-            self.how = "VmHWM"
-        else:
-            self.how = f"no high-water mark for {device.type} on {sys.platform}"
-        self._before = self._reset()
-
-    def lap(self) -> int | None:
-        """Return bytes above the first level, and start the next lap."""
-        if self._before is None:
-            return None
-        top = (
-            torch.cuda.max_memory_allocated(self.device)
-            if self.device.type == "cuda"
-            else _high_water()
-        )
-        self._reset()
-        return max(0, top - self._before)
-
-    def _reset(self) -> int | None:
-        if self.how == "torch.cuda.max_memory_allocated":
-            torch.cuda.reset_peak_memory_stats(self.device)
-            return torch.cuda.memory_allocated(self.device)
-        if self.how == "VmHWM":
-            _trim()
-            try:
-                CLEAR_REFS.write_text(
-                    "5"
-                )  # proc_pid_clear_refs(5): VmHWM falls to the present size
-            except OSError as error:
-                self.how = f"VmHWM cannot be reset: {error.strerror}"
-            else:
-                return _high_water()
-        return None
-
-
-def _high_water() -> int:
-    """Return the process's largest resident size since the last reset, in bytes."""
-    line = next(line for line in STATUS.read_text().splitlines() if line.startswith("VmHWM"))
-    return int(line.split()[1]) * 1024
-
-
-def _trim() -> None:
-    """Hand free heap back to the system (glibc only: elsewhere a peak may come out too low)."""
-    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
-        libc.malloc_trim(0)
 
 
 def free_bytes(device: torch.device) -> int:

@@ -48,11 +48,13 @@ METRICS = {
     "bytes_estimated": Metric("B", "lower", "what kvplug.estimate says without weights"),
     "estimate_error": Metric("%", "zero", "the estimate against the bytes held"),
     "peak_prefill": Metric(
-        "B", "lower", "most memory during prefill, above what was there before the cache"
+        "B", "lower", "most that torch allocated in prefill, above what was there before the cache"
     ),
-    "peak_decode": Metric(
-        "B", "lower", "most memory during decode, above what was there before the cache"
+    "peak_decode": Metric("B", "lower", "the same while decoding"),
+    "rss_prefill": Metric(
+        "B", "lower", "most memory of the process in prefill, above that before the cache"
     ),
+    "rss_decode": Metric("B", "lower", "the same while decoding"),
     "perplexity": Metric(
         "1", "lower", "exp of the mean NLL of the next token, text fed through the cache in chunks"
     ),

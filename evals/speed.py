@@ -5,13 +5,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from evals.clock import step
-from evals.memory import Peak
 from evals.schema import measured
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
+    from evals.peaks import Peak
     from evals.strategies import Strategy
 
 WARMUP_TOKENS = 400  # several blocks of any codec: kernels that read blocks must have run
@@ -25,19 +25,28 @@ def warm_up(model: PreTrainedModel, strategy: Strategy, prompt: torch.Tensor) ->
 
 
 def prefill_and_peaks(
-    model: PreTrainedModel, strategy: Strategy, prompt: torch.Tensor, steps: int
+    model: PreTrainedModel,
+    strategy: Strategy,
+    prompt: torch.Tensor,
+    steps: int,
+    peaks: dict[str, Peak],
 ) -> tuple[float, list[dict[str, Any]]]:
     """Have a new cache take in prompt [B, T] in one forward, and decode `steps` tokens.
 
-    Return the seconds of the first, and the rows that say the most memory in both.
+    Return the seconds of the first, and rows that say what each of `peaks` saw in both.
     """
-    peak = Peak(model.device)
+    rows = []
+
+    def lap(phase: str) -> None:
+        for name, peak in peaks.items():
+            top = peak.lap()
+            samples = [] if top is None else [top]
+            rows.append(measured(f"{name}_{phase}", *samples, note=peak.how))
+
     cache = strategy.build(model.config, prompt.shape[1] + steps)
     token, seconds = step(model, cache, prompt)
-    tops = {"peak_prefill": peak.lap()}
+    lap("prefill")
     for _ in range(steps):
         token, _ = step(model, cache, token)
-    tops["peak_decode"] = peak.lap()
-    return seconds, [
-        measured(name, *([] if top is None else [top]), note=peak.how) for name, top in tops.items()
-    ]
+    lap("decode")
+    return seconds, rows

@@ -53,6 +53,8 @@ COLUMNS: dict[str, tuple[str, Show]] = {
     "estimate_error": ("estimate off, %", number(2, "+")),
     "peak_prefill": ("peak prefill, MB", mb),
     "peak_decode": ("peak decode, MB", mb),
+    "rss_prefill": ("process, prefill, MB", mb),
+    "rss_decode": ("process, decode, MB", mb),
     "prefill": ("prefill, s", number(2)),
     "decode": ("decode, ms/token (p20-p80)", spread),
     "perplexity": ("perplexity", number(4)),

@@ -57,21 +57,16 @@ def _list(args: argparse.Namespace) -> int:
 
 
 def _estimate(args: argparse.Namespace) -> int:
-    import torch
     from transformers import AutoConfig
 
-    from .errors import SpecError, unknown
     from .estimate import estimate
 
-    dtypes = ["float32", "bfloat16", "float16"]
-    if args.dtype is not None and args.dtype not in dtypes:
-        raise SpecError(unknown("dtype", args.dtype, dtypes))
-    dtype = getattr(torch, args.dtype) if args.dtype else None
     config = AutoConfig.from_pretrained(args.model)
-    full = estimate("growing", config, context=args.context, batch=args.batch, dtype=dtype)
+    of = {"context": args.context, "batch": args.batch, "dtype": args.dtype}
+    full = estimate("growing", config, **of)
     print(f"{'strategy':<40} {'bytes':>16} {'MiB':>10} {'of exact':>9}")
     for spec in args.strategies or STRATEGIES:
-        size = estimate(spec, config, context=args.context, batch=args.batch, dtype=dtype)
+        size = estimate(spec, config, **of)
         print(f"{spec:<40} {size:>16,} {size / 2**20:>10.1f} {size / full:>8.2f}x")
     return 0
 

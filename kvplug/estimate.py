@@ -8,12 +8,15 @@ import torch
 from transformers.cache_utils import StaticLayer
 
 from .cache import build
+from .errors import SpecError, unknown
 from .rope import modeling
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
     from .spec import Strategy
+
+DTYPES = ("float32", "bfloat16", "float16")
 
 
 def estimate(
@@ -22,7 +25,7 @@ def estimate(
     *,
     context: int,
     batch: int = 1,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
 ) -> int:
     """Bytes a cache will hold after a prompt of `context` tokens: what its `nbytes()` says then.
 
@@ -31,10 +34,15 @@ def estimate(
         config: of the model; no weights are needed.
         context: tokens of the prompt.
         batch: rows.
-        dtype: of keys and values; default: the config's, else float32.
+        dtype: of keys and values, or its name; default: the config's, else float32.
 
+    Raises SpecError for a strategy that cannot be, or a name that no dtype has.
     State of linear-attention and conv layers is not counted: it does not grow with context.
     """
+    if isinstance(dtype, str):
+        if dtype not in DTYPES:
+            raise SpecError(unknown("dtype", dtype, list(DTYPES)))
+        dtype = getattr(torch, dtype)
     text = config.get_text_config(decoder=True)
     dtype = dtype or getattr(text, "dtype", None) or torch.float32
     cache = build(spec, config, max_cache_len=context)

@@ -68,9 +68,11 @@ def test_dtype_and_proportions():
     config = tiny_llama().config
     full = kvplug.estimate("growing", config, context=100, dtype=torch.float32)
     assert full == pytest.approx(2 * 2 * 2 * 16 * 100 * 4, rel=0.01)
-    assert kvplug.estimate(
-        "growing", config, context=100, dtype=torch.bfloat16
-    ) * 2 == pytest.approx(full, rel=0.01)
+    for half in (torch.bfloat16, "bfloat16"):
+        held = kvplug.estimate("growing", config, context=100, dtype=half)
+        assert held * 2 == pytest.approx(full, rel=0.01)
+    with pytest.raises(kvplug.SpecError, match="unknown dtype 'bf16'.*Known: float32, bfloat16"):
+        kvplug.estimate("growing", config, context=100, dtype="bf16")
     assert kvplug.estimate("growing", config, context=100, batch=5) == pytest.approx(
         5 * full, rel=0.01
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import kvplug
-from evals import speed
+from evals import peaks, speed
 from evals.clock import step
 from evals.memory import checked_bytes
 from evals.schema import at, measured
@@ -60,15 +60,17 @@ def measure(
         yield at(measured("bytes_estimated", guess), **place)
         yield at(measured("estimate_error", 100 * (guess / held - 1)), **place)
     del cache
-    _, peaks = speed.prefill_and_peaks(model, strategy, prompt, bench.config.decode_steps)
-    for row in peaks:
+    both = {"rss": peaks.Resident(), "peak": peaks.allocated(bench.device)}
+    _, rows = speed.prefill_and_peaks(model, strategy, prompt, bench.config.decode_steps, both)
+    for row in rows:
         yield at(row, **place)
 
 
 def tables(config: dict[str, Any], rows: list[Row]) -> list[Table]:
     """Return a table per batch and context."""
     cells = dict.fromkeys((row["batch"], row["context"]) for row in rows)
-    how = {row["note"] for row in rows if row["metric"] == "peak_decode" and row["note"]}
+    measures = "peak_decode", "rss_decode"
+    how = dict.fromkeys(row["note"] for row in rows if row["metric"] in measures and row["note"])
     made = [
         by_strategy(
             f"batch {batch}, context {context:,}",

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from evals import control, greedy, speed
+from evals import control, greedy, peaks, speed
 from evals.config import ConfigError
 from evals.noise import Noise
 from evals.schema import measured
@@ -83,21 +83,22 @@ def timed(bench: Bench, strategy: Strategy) -> Iterator[dict[str, Any]]:
     prompt = bench.prompt(config.batch[0], config.context[0])
     speed.warm_up(bench.model, strategy, prompt)
     steps = config.warmup + config.decode_steps
-    seconds, peaks = speed.prefill_and_peaks(bench.model, strategy, prompt, steps)
+    peak = {"peak": peaks.allocated(bench.device)}
+    seconds, rows = speed.prefill_and_peaks(bench.model, strategy, prompt, steps, peak)
     yield measured("prefill", seconds)
-    yield from peaks
+    yield from rows
     bench.tick()
 
 
 def tables(config: dict[str, Any], rows: list[Row]) -> list[Table]:
     """Return a line per strategy."""
     table = by_strategy("", rows, Noise(rows))
-    peaks = {row["note"] for row in rows if row["metric"] == "peak_decode"}
+    how = {row["note"] for row in rows if row["metric"] == "peak_decode"}
     said = [
         f"Batch {config['batch'][0]}, context {config['context'][0]}. Decode: "
         f"{config['repeats']} rounds of {config['decode_steps']} steps after {config['warmup']} of "
         "warm-up, all strategies in one loop. Held: after such a round. Peak memory: "
-        f"{', '.join(map(str, peaks))}. Greedy: of {config['new_tokens']} tokens.",
+        f"{', '.join(map(str, how))}. Greedy: of {config['new_tokens']} tokens.",
         drift.caption(config),
     ]
     return [table._replace(notes=said + table.notes)]

@@ -1,4 +1,3 @@
-import sys
 from dataclasses import dataclass
 from functools import partial
 
@@ -7,7 +6,8 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from evals.memory import Peak, held_bytes
+from evals import peaks
+from evals.memory import held_bytes
 
 KB = 1024
 
@@ -73,19 +73,41 @@ def test_packed_tensors_of_quanto_count_what_is_packed():
     assert 64 * 64 // 2 <= held_bytes(packed) <= 64 * 64 // 2 + 2 * 64 * 4
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="high-water marks of a CPU are Linux's")
-def test_the_peak_is_seen_after_it_is_gone_and_forgotten_in_the_next_lap():
-    peak = Peak(torch.device("cpu"))
+def take(megabytes: int) -> None:
+    torch.ones(megabytes << 20, dtype=torch.uint8)
+
+
+def test_torch_s_account_is_exact_and_goes_on_in_the_next_lap():
+    peak = peaks.allocated(torch.device("cpu"))
+    assert peak.how == "torch.profiler"
+    kept = torch.ones(5 << 20, dtype=torch.uint8)
+    take(3)
+    take(2)
+    assert peak.lap() == 8 << 20, "what is kept and the largest of what is not"
+    assert peak.lap() == 5 << 20
+    del kept
+    take(1)
+    assert peak.lap() == 5 << 20, "the lap began with it"
+    take(1)
+    assert peak.lap() == 1 << 20
+
+
+def test_the_process_s_peak_is_seen_after_it_is_gone_and_forgotten_in_the_next_lap():
+    peak = peaks.Resident()
     if peak.how != "VmHWM":
         pytest.skip(peak.how)
-    torch.ones(64 << 20, dtype=torch.uint8)
+    take(64)
     first = peak.lap()
     second = peak.lap()
     assert 60e6 < first < 90e6
     assert second < 30e6
 
 
-def test_where_there_is_no_mark_the_lap_is_none_with_a_reason():
-    peak = Peak(torch.device("meta"))
+def test_where_nobody_counts_the_lap_is_none_with_a_reason(monkeypatch, tmp_path):
+    peak = peaks.allocated(torch.device("meta"))
     assert peak.lap() is None
     assert "meta" in peak.how
+    monkeypatch.setattr(peaks, "CLEAR_REFS", tmp_path / "none")
+    peak = peaks.Resident()
+    assert peak.lap() is None
+    assert peak.how.startswith("no high-water mark on ")
