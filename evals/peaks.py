@@ -1,8 +1,9 @@
 """The most memory that was taken at once, above what was taken before: by torch's account, which is
 the same in every run, and by the system's.
 
-Each is made before what it watches; `lap()` gives the highest point since the last lap, or None
-where there is no account. `how` says which one it is, or why there is none.
+Each watches from `start` to `stop`, which gives the highest point in between, or None where there
+is no account; what was taken before the first start does not count. `how` says which account it is,
+or why there is none.
 """
 
 from __future__ import annotations
@@ -10,12 +11,13 @@ from __future__ import annotations
 import ctypes
 import gc
 import itertools
+import os
 import sys
 from pathlib import Path
 from typing import Protocol
 
 import torch
-from torch.profiler import ProfilerActivity, profile
+from torch.autograd.profiler import profile
 
 STATUS, CLEAR_REFS = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
@@ -25,8 +27,11 @@ class Peak(Protocol):
 
     how: str
 
-    def lap(self) -> int | None:
-        """Return bytes above the first level, and start the next lap."""
+    def start(self) -> None:
+        """Watch."""
+
+    def stop(self) -> int | None:
+        """Watch no longer; return the most bytes since `start`, above the level at the first."""
 
 
 def allocated(device: torch.device) -> Peak:
@@ -42,12 +47,16 @@ class Profiled:
     how = "torch.profiler"
 
     def __init__(self) -> None:
+        # above all its levels: at the lowest that is left it writes a line per start and stop
+        os.environ.setdefault("KINETO_LOG_LEVEL", "6")
         self._level = 0
-        self._start()
 
-    def lap(self) -> int:
-        self._profile.stop()
-        events = self._profile.profiler.kineto_results.events()
+    def start(self) -> None:
+        self._profile = profile(profile_memory=True).__enter__()
+
+    def stop(self) -> int:
+        self._profile.__exit__(None, None, None)
+        events = self._profile.kineto_results.events()
         sizes = [
             event.nbytes()
             for event in sorted(events, key=lambda event: event.start_ns())
@@ -55,12 +64,7 @@ class Profiled:
         ]
         levels = list(itertools.accumulate(sizes, initial=self._level))
         self._level = levels[-1]
-        self._start()
         return max(levels)
-
-    def _start(self) -> None:
-        self._profile = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
-        self._profile.start()
 
 
 class Cuda:
@@ -70,12 +74,12 @@ class Cuda:
 
     def __init__(self) -> None:
         self._before = torch.cuda.memory_allocated()
+
+    def start(self) -> None:
         torch.cuda.reset_peak_memory_stats()
 
-    def lap(self) -> int:
-        top = torch.cuda.max_memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        return top - self._before
+    def stop(self) -> int:
+        return torch.cuda.max_memory_allocated() - self._before
 
 
 class Unknown:
@@ -84,7 +88,10 @@ class Unknown:
     def __init__(self, device: str) -> None:
         self.how = f"torch counts no allocations on {device}"
 
-    def lap(self) -> None:
+    def start(self) -> None:
+        """Do nothing."""
+
+    def stop(self) -> None:
         return None
 
 
@@ -98,25 +105,21 @@ class Resident:
     def __init__(self) -> None:
         self.how = "VmHWM" if CLEAR_REFS.exists() else f"no high-water mark on {sys.platform}"
         gc.collect()
-        self._before = self._reset()
+        self._before = 0
+        self.start()
+        self._before = self.stop() or 0
 
-    def lap(self) -> int | None:
-        if self._before is None:
-            return None
-        top = _high_water()
-        self._reset()
-        return max(0, top - self._before)
-
-    def _reset(self) -> int | None:
+    def start(self) -> None:
         if self.how != "VmHWM":
-            return None
+            return
         _trim()
         try:
             CLEAR_REFS.write_text("5")  # proc_pid_clear_refs(5): VmHWM falls to the present size
         except OSError as error:
             self.how = f"VmHWM cannot be reset: {error.strerror}"
-            return None
-        return _high_water()
+
+    def stop(self) -> int | None:
+        return max(0, _high_water() - self._before) if self.how == "VmHWM" else None
 
 
 def _high_water() -> int:

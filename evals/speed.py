@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from evals.clock import step
 from evals.schema import measured
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     import torch
     from transformers import PreTrainedModel
 
@@ -37,16 +40,22 @@ def prefill_and_peaks(
     """
     rows = []
 
-    def lap(phase: str) -> None:
-        for name, peak in peaks.items():
-            top = peak.lap()
+    @contextmanager
+    def watched(phase: str) -> Iterator[None]:
+        for peak in peaks.values():
+            peak.start()
+        try:
+            yield
+        finally:
+            tops = {name: peak.stop() for name, peak in peaks.items()}
+        for name, top in tops.items():
             samples = [] if top is None else [top]
-            rows.append(measured(f"{name}_{phase}", *samples, note=peak.how))
+            rows.append(measured(f"{name}_{phase}", *samples, note=peaks[name].how))
 
-    cache = strategy.build(model.config, prompt.shape[1] + steps)
-    token, seconds = step(model, cache, prompt)
-    lap("prefill")
-    for _ in range(steps):
-        token, _ = step(model, cache, token)
-    lap("decode")
+    with watched("prefill"):
+        cache = strategy.build(model.config, prompt.shape[1] + steps)
+        token, seconds = step(model, cache, prompt)
+    with watched("decode"):
+        for _ in range(steps):
+            token, _ = step(model, cache, token)
     return seconds, rows

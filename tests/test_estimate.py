@@ -71,7 +71,7 @@ def test_dtype_and_proportions():
     for half in (torch.bfloat16, "bfloat16"):
         held = kvplug.estimate("growing", config, context=100, dtype=half)
         assert held * 2 == pytest.approx(full, rel=0.01)
-    with pytest.raises(kvplug.SpecError, match="unknown dtype 'bf16'.*Known: float32, bfloat16"):
+    with pytest.raises(kvplug.SpecError, match="unknown dtype 'bf16'"):
         kvplug.estimate("growing", config, context=100, dtype="bf16")
     assert kvplug.estimate("growing", config, context=100, batch=5) == pytest.approx(
         5 * full, rel=0.01

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -66,7 +67,9 @@ def add_rival(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
         source = "from transformers import DynamicCache\n" + body
         (folder / f"{name.replace(':', '_')}.py").write_text(source, encoding="utf-8")
 
-    return add
+    yield add
+    for file in folder.glob("*.py"):  # another test may have another rival of this name
+        sys.modules.pop(f"{rivals.__name__}.{file.stem}", None)
 
 
 @pytest.fixture(scope="session")

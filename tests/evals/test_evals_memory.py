@@ -1,13 +1,16 @@
 from dataclasses import dataclass
 from functools import partial
+from types import SimpleNamespace
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 import torch
 from transformers import DynamicCache
 
-from evals import peaks
+from evals import peaks, speed
 from evals.memory import held_bytes
+from evals.strategies import resolve
 
 KB = 1024
 
@@ -77,37 +80,55 @@ def take(megabytes: int) -> None:
     torch.ones(megabytes << 20, dtype=torch.uint8)
 
 
-def test_torch_s_account_is_exact_and_goes_on_in_the_next_lap():
+def test_torch_s_account_is_exact_and_goes_on_after_a_stop():
     peak = peaks.allocated(torch.device("cpu"))
     assert peak.how == "torch.profiler"
+    peak.start()
     kept = torch.ones(5 << 20, dtype=torch.uint8)
     take(3)
     take(2)
-    assert peak.lap() == 8 << 20, "what is kept and the largest of what is not"
-    assert peak.lap() == 5 << 20
+    assert peak.stop() == 8 << 20, "what is kept and the largest of what is not"
+    peak.start()
     del kept
     take(1)
-    assert peak.lap() == 5 << 20, "the lap began with it"
+    assert peak.stop() == 5 << 20, "it began with what is kept"
+    peak.start()
     take(1)
-    assert peak.lap() == 1 << 20
+    assert peak.stop() == 1 << 20
 
 
-def test_the_process_s_peak_is_seen_after_it_is_gone_and_forgotten_in_the_next_lap():
+def test_nothing_goes_on_watching(tiny):
+    """What is timed later would be slower."""
+    peak = {"peak": peaks.allocated(torch.device("cpu"))}
+    prompt = torch.ones(1, 30, dtype=torch.long)
+    (strategy,) = resolve(["dynamic"])
+    speed.prefill_and_peaks(tiny, strategy, prompt, 2, peak)
+    assert not torch.autograd._profiler_enabled()
+    strategy = SimpleNamespace(build=Mock(side_effect=RuntimeError("too long")))
+    with pytest.raises(RuntimeError, match="too long"):
+        speed.prefill_and_peaks(tiny, strategy, prompt, 2, peak)
+    assert not torch.autograd._profiler_enabled()
+
+
+def test_the_process_s_peak_is_seen_after_it_is_gone_and_then_forgotten():
     peak = peaks.Resident()
     if peak.how != "VmHWM":
         pytest.skip(peak.how)
+    peak.start()
     take(64)
-    first = peak.lap()
-    second = peak.lap()
+    first = peak.stop()
+    peak.start()
+    second = peak.stop()
     assert 60e6 < first < 90e6
     assert second < 30e6
 
 
-def test_where_nobody_counts_the_lap_is_none_with_a_reason(monkeypatch, tmp_path):
-    peak = peaks.allocated(torch.device("meta"))
-    assert peak.lap() is None
-    assert "meta" in peak.how
+def test_where_nobody_counts_it_is_none_with_a_reason(monkeypatch, tmp_path):
     monkeypatch.setattr(peaks, "CLEAR_REFS", tmp_path / "none")
-    peak = peaks.Resident()
-    assert peak.lap() is None
-    assert peak.how.startswith("no high-water mark on ")
+    for peak, how in (
+        (peaks.allocated(torch.device("meta")), "torch counts no allocations on meta"),
+        (peaks.Resident(), "no high-water mark on "),
+    ):
+        peak.start()
+        assert peak.stop() is None
+        assert peak.how.startswith(how)
