@@ -14,7 +14,6 @@ import kvplug
 from evals.noise import SAME
 from evals.strategies import Rival, Strategy
 from kvplug.codecs.affine import Int2
-from kvplug.kernels.reference import Reference
 from kvplug.spec import parse
 
 if TYPE_CHECKING:
@@ -57,8 +56,7 @@ class Broken(Strategy):
 
     def build(self, config: PreTrainedConfig, max_cache_len: int) -> Cache:
         """Return an empty cache that will not work."""
-        spec = parse("growing").replace(codec=BrokenCodec(), kernel=Reference())
-        return kvplug.build(spec, config)
+        return kvplug.build(parse("growing").replace(codec=BrokenCodec()), config)
 
 
 @dataclass(frozen=True)

@@ -50,6 +50,18 @@ def main_job() -> str:
     return f"{_table([table.head[i] for i in columns], body)}\n\n{noise}"
 
 
+def peaks() -> str:
+    """Return the most memory that some of the main job's rows took."""
+    (run,) = _runs("main-job")
+    (context,) = run.config["context"]
+    told = []
+    for name in (EXACT, "growing", "int8", "int4"):
+        tops = [_row(run, name, f"peak_{x}", 1, context)["value"] for x in ("prefill", "decode")]
+        told.append("`{}` {:.0f} and {:.0f}".format(name, *(top / 1e6 for top in tops)))
+    said = "The most that torch allocated beside the model, in prefill and while decoding, MB"
+    return f"{said}: {', '.join(told)}."
+
+
 def decode() -> str:
     """Return milliseconds per token, and times as fast as the exact cache, by context and batch."""
     runs = _runs("decode-float32", "decode-bfloat16")
