@@ -37,8 +37,9 @@ class Peak(Protocol):
 def allocated(device: torch.device) -> Peak:
     """Return what watches torch's allocator of a device."""
     gc.collect()
-    kinds = {"cpu": Profiled, "cuda": Cuda}
-    return kinds[device.type]() if device.type in kinds else Unknown(device.type)
+    if device.type == "cpu":
+        return Profiled()
+    return Cuda(device) if device.type == "cuda" else Unknown(device)
 
 
 class Profiled:
@@ -47,7 +48,7 @@ class Profiled:
     how = "torch.profiler"
 
     def __init__(self) -> None:
-        # above all its levels: at the lowest that is left it writes a line per start and stop
+        # at every lower level Kineto writes a line to stderr at each start and stop
         os.environ.setdefault("KINETO_LOG_LEVEL", "6")
         self._level = 0
 
@@ -72,21 +73,21 @@ class Cuda:
 
     how = "torch.cuda.max_memory_allocated"
 
-    def __init__(self) -> None:
-        self._before = torch.cuda.memory_allocated()
+    def __init__(self, device: torch.device) -> None:
+        self.device, self._before = device, torch.cuda.memory_allocated(device)
 
     def start(self) -> None:
-        torch.cuda.reset_peak_memory_stats()
+        torch.cuda.reset_peak_memory_stats(self.device)
 
     def stop(self) -> int:
-        return torch.cuda.max_memory_allocated() - self._before
+        return torch.cuda.max_memory_allocated(self.device) - self._before
 
 
 class Unknown:
     """No account."""
 
-    def __init__(self, device: str) -> None:
-        self.how = f"torch counts no allocations on {device}"
+    def __init__(self, device: torch.device) -> None:
+        self.how = f"torch counts no allocations on {device.type}"
 
     def start(self) -> None:
         """Do nothing."""

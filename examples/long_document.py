@@ -2,9 +2,9 @@
 
 The document is read in chunks of 512 tokens, so that the prompt's own activations stay small, and
 a question is asked at its end: once with the exact cache and once with `int4`. Printed: bytes held
-at the end, the highest memory above the model's own on the way (where the system can tell), and
-the answers as they come. A model of 135M parameters answers badly with either cache; `int4` moves
-its predictions a little, so that the words may differ.
+at the end, the highest memory of the process above the model's own on the way (where the system can
+tell), and the answers as they come. A model of 135M parameters answers badly with either cache;
+`int4` moves its predictions a little, so that the words may differ.
 
     python examples/long_document.py [--tiny] [--model ID] [--file TEXT] [--question TEXT]
 """
@@ -15,7 +15,8 @@ from pathlib import Path
 from common import document, load, mib, options
 
 import kvplug  # noqa: F401  the import makes the names known
-from evals.memory import Peak, held_bytes
+from evals.memory import held_bytes
+from evals.peaks import Resident
 
 QUESTION = "What is the document above about? Answer in one sentence."
 
@@ -42,7 +43,8 @@ def main() -> None:
 
     model.generate(prompt.input_ids[:, :8], max_new_tokens=1)  # weights are read from disk on use
     for name in ("growing", "int4"):
-        peak, start = Peak(model.device), time.perf_counter()
+        peak, start = Resident(), time.perf_counter()
+        peak.start()
         out = model.generate(
             **prompt,
             cache_implementation=name,
@@ -51,7 +53,7 @@ def main() -> None:
             do_sample=False,
             return_dict_in_generate=True,
         )
-        seconds, top = time.perf_counter() - start, peak.lap()
+        seconds, top = time.perf_counter() - start, peak.stop()
         answer = tokenizer.decode(out.sequences[0, S:], skip_special_tokens=True)
         print(
             f"{name:<8} held {mib(held_bytes(out.past_key_values))}, "
