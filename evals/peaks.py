@@ -106,9 +106,8 @@ class Resident:
     def __init__(self) -> None:
         self.how = "VmHWM" if CLEAR_REFS.exists() else f"no high-water mark on {sys.platform}"
         gc.collect()
-        self._before = 0
         self.start()
-        self._before = self.stop() or 0
+        self._before = _high_water() if self.how == "VmHWM" else 0
 
     def start(self) -> None:
         if self.how != "VmHWM":

@@ -493,6 +493,7 @@ def _decode_values(coded, b, h, start, n, Dv, width, out):
     """Values of `Affine`, token by token: [n, width]."""
     block, bits, groups = coded[2], coded[4], coded[5]
     codes, codes_batch, codes_head, codes_block, codes_row = coded[19:24]
+    scale_token, zero_token = coded[28], coded[33]
     packed, size = block * bits // 8, Dv // groups
     t = 0
     while t < n:
@@ -500,8 +501,8 @@ def _decode_values(coded, b, h, start, n, Dv, width, out):
         part, byte = token // packed, token % packed
         run = min(packed - byte, n - t)
         code = codes + b * codes_batch + h * codes_head + i * codes_block + byte * codes_row
-        s = _halves(coded[24:28], b, h, i) + 2 * token * coded[28]
-        z = _halves(coded[29:33], b, h, i) + 2 * token * coded[33]
+        s = _halves(coded[24:28], b, h, i) + 2 * token * scale_token
+        z = _halves(coded[29:33], b, h, i) + 2 * token * zero_token
         for row in range(t, t + run):
             prefetch(code + codes_block)
             for g in range(groups):
@@ -515,7 +516,7 @@ def _decode_values(coded, b, h, start, n, Dv, width, out):
                         code + g * size, size, part * bits, bits, half_at(s, g), half_at(z, g),
                         out + 4 * (row * width + g * size),
                     )  # fmt: skip
-            code, s, z = code + codes_row, s + 2 * coded[28], z + 2 * coded[33]
+            code, s, z = code + codes_row, s + 2 * scale_token, z + 2 * zero_token
         t += run
 
 
@@ -550,8 +551,9 @@ def _dequantize_rest(codes, n, shift, bits, scale, zero, out):
 def _in_vectors(coded, Dv):
     """Whether tiles of codes are vectors that each have one shift, and one scale per row."""
     block, k_bits, _, groups = coded[2:6]
+    scale_token, zero_token = coded[28], coded[33]
     whole = block % TILE == 0 and block * k_bits // 8 % LANES == 0 and Dv // groups % LANES == 0
-    return whole and coded[28] == groups and coded[33] == groups
+    return whole and scale_token == groups and zero_token == groups
 
 
 @inlined

@@ -2,12 +2,14 @@
 
 import importlib.util
 import re
+from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
+@cache
 def figures():
     spec = importlib.util.spec_from_file_location("figures", ROOT / "scripts" / "readme_figures.py")
     module = importlib.util.module_from_spec(spec)
