@@ -48,7 +48,11 @@ class Config:
     """One run. Every field is a key of the TOML file and a command-line flag of the same name."""
 
     suite: str = option("quick", "what to measure: see `python -m evals list`")
-    model: str = option("packaged", "packaged (SmolLM2-135M-Instruct), a Hub id or a local folder")
+    model: str = option(
+        "packaged",
+        "packaged (SmolLM2-135M-Instruct), a Hub id, a local folder, or shape:llama-1b and others: "
+        "random weights",
+    )
     dataset: str | None = option(
         None,
         "wikitext-2, wikitext-103, pg19, c4, lambada, a Hub id[:config[:split]], a local file or "

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from evals import processes
+from evals import processes, shapes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -43,6 +43,8 @@ def load(
     """Return a model, its tokenizer and a fingerprint of its weights. Accelerate decides where the
     model goes: over all devices, or one device per process.
     """
+    if name.startswith(shapes.PREFIX):
+        return shapes.load(name, dtype)
     source = dequantized() if name == PACKAGED else name
     tokenizer = AutoTokenizer.from_pretrained(source)
     here = processes.state()
