@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from kvplug.compat import cache_argument
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -30,7 +32,7 @@ def step(
     _wait(model.device)
     start = time.perf_counter()
     out = model(
-        input_ids=tokens, past_key_values=cache, use_cache=cache is not None, logits_to_keep=1
+        input_ids=tokens, **cache_argument(cache), use_cache=cache is not None, logits_to_keep=1
     )
     token = out.logits[:, -1].argmax(-1, keepdim=True)
     _wait(model.device)

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from evals.schema import measured
+from kvplug.compat import cache_argument
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -43,7 +44,7 @@ def predictions(
     for start in range(0, len(window), config.chunk):
         stop = min(start + config.chunk, len(window))
         logits = model(
-            input_ids=window[None, start:stop], past_key_values=cache, use_cache=True
+            input_ids=window[None, start:stop], **cache_argument(cache), use_cache=True
         ).logits[0]
         first, last = max(start, config.skip), min(stop, len(window) - 1)
         if first < last:

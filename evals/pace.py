@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 from evals.clock import timed
+from kvplug.compat import cache_argument
 
 if TYPE_CHECKING:
     from evals.fill import Filler
@@ -67,7 +68,7 @@ class Pace:
             tokens = torch.ones(1, length, dtype=torch.long, device=model.device)
 
             def forward(tokens: torch.Tensor = tokens) -> None:
-                out = model(input_ids=tokens, past_key_values=cache, use_cache=True)
+                out = model(input_ids=tokens, **cache_argument(cache), use_cache=True)
                 out.logits.float().log_softmax(-1)
 
             timed(model.device, forward)

@@ -10,6 +10,7 @@ import kvplug
 from evals import rivals
 from evals.config import ConfigError
 from evals.suites import EXACT
+from kvplug.compat import cache_argument
 from kvplug.errors import unknown
 from kvplug.spec import parse
 
@@ -59,7 +60,7 @@ class Rival(Strategy):
 
     def generate_arguments(self, config: PreTrainedConfig, max_cache_len: int) -> dict[str, Any]:
         """Return what selects this cache in `generate`: an object, since it has no name there."""
-        return {"past_key_values": self.build(config, max_cache_len)}
+        return cache_argument(self.build(config, max_cache_len))
 
 
 def file_name(name: str) -> str:

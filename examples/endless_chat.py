@@ -14,6 +14,7 @@ import torch
 from common import load, mib, options
 
 import kvplug
+from kvplug.compat import cache_argument
 
 QUESTIONS = (
     "Tell me about a city you like.",
@@ -55,7 +56,7 @@ def main() -> None:
         chat = model.generate(
             chat,
             attention_mask=torch.ones_like(chat),
-            past_key_values=cache,
+            **cache_argument(cache),
             do_sample=True,  # a small model that decodes greedily soon repeats itself
             max_new_tokens=25 if args.tiny else 250,
             pad_token_id=tokenizer.eos_token_id,

@@ -17,6 +17,7 @@ from common import document, load, mib, options
 import kvplug  # noqa: F401  the import makes the names known
 from evals.memory import held_bytes
 from evals.peaks import Resident
+from kvplug.compat import output_cache
 
 QUESTION = "What is the document above about? Answer in one sentence."
 
@@ -56,7 +57,7 @@ def main() -> None:
         seconds, top = time.perf_counter() - start, peak.stop()
         answer = tokenizer.decode(out.sequences[0, S:], skip_special_tokens=True)
         print(
-            f"{name:<8} held {mib(held_bytes(out.past_key_values))}, "
+            f"{name:<8} held {mib(held_bytes(output_cache(out)))}, "
             f"peak {mib(top) if top is not None else 'unknown'}, {seconds:.1f} s: {answer!r}"
         )
 

@@ -12,6 +12,7 @@ from transformers import pipeline
 
 import kvplug  # noqa: F401  the import makes the names known
 from evals.memory import held_bytes
+from kvplug.compat import output_cache
 
 CACHES = (
     None,
@@ -33,7 +34,7 @@ def main() -> None:
     prompt = document()[: 600 if args.tiny else 3000]  # some 750 tokens
 
     last = {}  # a pipeline keeps its cache to itself: this looks at it
-    model.register_forward_hook(lambda module, given, out: last.update(cache=out.past_key_values))
+    model.register_forward_hook(lambda module, given, out: last.update(cache=output_cache(out)))
 
     first = None
     for name in CACHES:

@@ -16,6 +16,7 @@ from common import document, load, mib, options
 from torch import Tensor
 
 import kvplug
+from kvplug.compat import cache_argument
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ def _encode(side: str, x: Tensor) -> dict[str, Tensor]:
 @torch.no_grad()
 def predictions(model, ids: Tensor, cache: kvplug.Cache) -> Tensor:
     """Log-probabilities [T, V] of ids [1, T], fed in chunks that attend to what the cache kept."""
-    logits = [model(chunk, past_key_values=cache).logits[0] for chunk in ids.split(64, dim=1)]
+    logits = [model(chunk, **cache_argument(cache)).logits[0] for chunk in ids.split(64, dim=1)]
     return torch.cat(logits).float().log_softmax(-1)
 
 

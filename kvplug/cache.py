@@ -6,9 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, StaticLayer
-from transformers.generation.configuration_utils import ALL_CACHE_IMPLEMENTATIONS
 
+from .compat import THEIR_NAMES, DynamicLayer, DynamicSlidingWindowLayer, StaticLayer
 from .errors import SpecError
 from .layer import Layer
 from .retention.window import Window
@@ -82,7 +81,8 @@ def build(
     max_cache_len: int | None = None,
     cache_config: dict[str, Any] | None = None,
 ) -> Cache:
-    """A cache for models of this config, to be passed as `past_key_values`.
+    """A cache for models of this config, to be passed as `cache` (before transformers 5.24 as
+    `past_key_values`).
 
     Args:
         spec: a strategy (`kvplug.parse`), where also `static` is ours.
@@ -139,9 +139,7 @@ def _layer(
 
 def is_ours(name: Any) -> bool:
     """Whether a `cache_implementation` is left to us: any text transformers does not know."""
-    return isinstance(name, str) and (
-        name.startswith(PREFIX) or name not in (*ALL_CACHE_IMPLEMENTATIONS, "paged")
-    )
+    return isinstance(name, str) and (name.startswith(PREFIX) or name not in THEIR_NAMES)
 
 
 def _storages(root: object) -> dict[int, int]:

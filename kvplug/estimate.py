@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
-from transformers.cache_utils import StaticLayer
 
 from .cache import build
+from .compat import StaticLayer
 from .errors import SpecError, unknown
 from .rope import modeling
 

@@ -1,4 +1,4 @@
-"""The only file that touches transformers: strategies as `cache_implementation` of `generate`.
+"""The only file that changes transformers: strategies as `cache_implementation` of `generate`.
 
 Two methods are wrapped. `GenerationConfig.validate` accepts our names;
 `GenerationMixin._prepare_cache_for_generation` lets transformers prepare its own cache and puts
@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import copy
 import functools
+import inspect
 from typing import Any
 
-from transformers import EncoderDecoderCache, GenerationConfig
-from transformers.generation.configuration_utils import ALL_CACHE_IMPLEMENTATIONS
-from transformers.generation.utils import GenerationMixin
+from transformers import EncoderDecoderCache, GenerationConfig, GenerationMixin
 
+from . import compat
 from .cache import Cache, build, is_ours
 from .errors import SpecError, UnknownStage
 from .layout.growing import Growing
@@ -48,7 +48,7 @@ def _validate(original: Any) -> Any:
         try:
             strategy = parse(self.cache_implementation, self.cache_config)
         except UnknownStage as e:
-            theirs = ", ".join(ALL_CACHE_IMPLEMENTATIONS)
+            theirs = ", ".join(compat.THEIR_NAMES)
             raise UnknownStage(f"{e} Names of transformers: {theirs}.") from None
         # transformers judges the rest, on a copy: the caller's object may be shared between threads
         return original(_without_ours(self, strategy.layout.name == "static"), *args, **kwargs)
@@ -57,21 +57,20 @@ def _validate(original: Any) -> Any:
 
 
 def _prepare(original: Any) -> Any:
-    @functools.wraps(original)
-    def _prepare_cache_for_generation(
-        self: GenerationMixin,
-        generation_config: GenerationConfig,
-        model_kwargs: dict,
-        generation_mode: Any,
-        batch_size: int,
-        max_cache_length: int,
-    ) -> Any:
-        def prepare(config: GenerationConfig) -> Any:
-            return original(
-                self, config, model_kwargs, generation_mode, batch_size, max_cache_length
-            )
+    signature = inspect.signature(original)
 
-        given = model_kwargs.get("past_key_values")
+    @functools.wraps(original)
+    def _prepare_cache_for_generation(self: GenerationMixin, *args: Any, **kwargs: Any) -> Any:
+        call = signature.bind(self, *args, **kwargs)
+        generation_config: GenerationConfig = call.arguments["generation_config"]
+        model_kwargs: dict = call.arguments["model_kwargs"]
+        max_cache_length: int = call.arguments["max_cache_length"]
+
+        def prepare(config: GenerationConfig) -> Any:
+            call.arguments["generation_config"] = config
+            return original(*call.args, **call.kwargs)
+
+        given = _cache_in(model_kwargs)
         ours = is_ours(generation_config.cache_implementation)
         if not ours or given is not None or generation_config.use_cache is False:
             if isinstance(given, Cache):
@@ -99,22 +98,28 @@ def _prepare(original: Any) -> Any:
         )
         cache.set_padding(model_kwargs.get("attention_mask"))
         result = prepare(_without_ours(generation_config, static=False))
-        slots = [key for key in ("past_key_values", "cache_params") if key in model_kwargs]
-        if not slots:
+        theirs = _cache_in(model_kwargs)
+        if theirs is None:
             raise SpecError(
                 f"transformers prepared no cache for {type(self).__name__}: "
                 f"{name!r} cannot take its place"
             )
-        theirs = model_kwargs[slots[0]]
         if isinstance(theirs, EncoderDecoderCache):
             theirs.self_attention_cache = cache  # cross-attention is filled once and stays
         else:
-            model_kwargs[slots[0]] = cache
+            slot = next(key for key, value in model_kwargs.items() if value is theirs)
+            model_kwargs[slot] = cache
         if generation_config.is_assistant:
             cache.activate_past_recording()
         return result
 
     return _prepare_cache_for_generation
+
+
+def _cache_in(model_kwargs: dict) -> Any:
+    """The cache among a model's arguments, whatever its name, None without one."""
+    given = (model_kwargs.get(key) for key in compat.CACHE_ARGUMENTS)
+    return next((x for x in given if x is not None), None)
 
 
 def _without_ours(config: GenerationConfig, static: bool) -> GenerationConfig:

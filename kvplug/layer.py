@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers.cache_utils import CacheLayerMixin
 
 from .buffer import Buffer
+from .compat import CacheLayerMixin
 from .errors import CacheOverflow, Evicted
 from .pins import Pins
 from .placement.device import OnDevice

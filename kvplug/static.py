@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers.cache_utils import StaticLayer as TransformersStaticLayer
 
+from .compat import StaticLayer as TransformersStaticLayer
 from .errors import CacheOverflow
 from .layer import overflow, removed
 from .rows import RowOperations

@@ -6,6 +6,7 @@ import transformers
 from transformers.cache_utils import DynamicLayer
 
 import kvplug
+from kvplug.compat import cache_argument, output_cache
 from kvplug.layer import Layer
 from kvplug.static import StaticCodedLayer
 from kvplug.static import StaticLayer as OurStaticLayer
@@ -136,7 +137,7 @@ def skips_static(model, spec):
             kvplug.build(spec, model.config, max_cache_len=64)
         return True
     try:
-        model(prompt(3), past_key_values=theirs)
+        model(prompt(3), **cache_argument(theirs))
     except RuntimeError:  # alibi of Falcon: transformers' own static cache fails alike
         return True
     return False
@@ -171,14 +172,14 @@ def test_lossy_strategies_are_near(model):
     exact = transformers.DynamicCache(config=model.config)
     with torch.no_grad():
         steps = [
-            model(x, past_key_values=exact).logits for x in (ids, *prompt(9, seed=1).split(1, 1))
+            model(x, **cache_argument(exact)).logits for x in (ids, *prompt(9, seed=1).split(1, 1))
         ]
         for spec in LOSSY:
             if skips_static(model, spec):
                 continue
             cache = kvplug.build(spec, model.config, max_cache_len=64)
             for i, x in enumerate((ids, *prompt(9, seed=1).split(1, 1))):
-                logits = model(x, past_key_values=cache).logits
+                logits = model(x, **cache_argument(cache)).logits
                 assert logits.isfinite().all()
                 error = float((logits - steps[i]).abs().mean() / steps[i].abs().mean())
                 assert error < (1e-4 if i == 0 else 0.6 if "int4" in spec else 0.05), (spec, i)
@@ -267,4 +268,4 @@ def test_whisper():
             model, features, cache_implementation=spec, return_dict_in_generate=True, **GREEDY
         )
         assert torch.equal(ours.sequences, plain)
-        assert isinstance(ours.past_key_values.self_attention_cache, kvplug.Cache)
+        assert isinstance(output_cache(ours).self_attention_cache, kvplug.Cache)

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import kvplug
+from kvplug.compat import cache_argument
 from kvplug.testing.tools import left_padded, prompt, tiny_llama
 
 if not torch.cuda.is_available():
@@ -38,7 +39,7 @@ def logits(model, spec, chunks=(150, 1, 1, 40, 1, 1, 1), batch=2):
     cache = kvplug.build(spec, model.config, max_cache_len=256)
     with torch.no_grad():
         pieces = [
-            model(piece, past_key_values=cache, use_cache=True).logits
+            model(piece, **cache_argument(cache), use_cache=True).logits
             for piece in ids.split(chunks, dim=1)
         ]
     return torch.cat(pieces, 1), cache
@@ -105,12 +106,12 @@ def test_copies_and_changes_of_the_batch(model, spec):
     twin = copy.deepcopy(cache)
     token = prompt(1, 2, seed=3).cuda()
     with torch.no_grad():
-        first = model(token, past_key_values=cache).logits
-        second = model(token, past_key_values=twin).logits
+        first = model(token, **cache_argument(cache)).logits
+        second = model(token, **cache_argument(twin)).logits
         assert torch.equal(first, second)
         cache.crop(-1)
         cache.reorder_cache(torch.tensor([1, 0], device="cuda"))
-        swapped = model(token.flip(0), past_key_values=cache).logits
+        swapped = model(token.flip(0), **cache_argument(cache)).logits
     close(swapped.flip(0), first)
 
 
@@ -123,9 +124,9 @@ def test_one_graph_decodes(model, spec):
     ids = prompt(65, 2).cuda()
     cache = kvplug.build(spec, model.config, max_cache_len=256)
     with torch.no_grad():
-        model(ids[:, :60], past_key_values=cache)
+        model(ids[:, :60], **cache_argument(cache))
         for i in range(60, 65):
-            out = compiled(ids[:, i : i + 1], past_key_values=cache).logits
+            out = compiled(ids[:, i : i + 1], **cache_argument(cache)).logits
             close(out[:, 0], expected[:, i])
 
 

@@ -9,6 +9,7 @@ import transformers
 
 import kvplug
 from kvplug.cli import main
+from kvplug.compat import cache_argument
 from kvplug.testing import tiny_llama
 from kvplug.testing.tools import prompt, random_model
 
@@ -58,7 +59,7 @@ def test_within_a_percent_of_a_real_cache(name, spec):
     for context, batch in ((90, 1), (61, 3)):
         cache = kvplug.build(spec, config, max_cache_len=context)
         with torch.no_grad():
-            model(prompt(context, batch), past_key_values=cache)
+            model(prompt(context, batch), **cache_argument(cache))
         guess = kvplug.estimate(spec, config, context=context, batch=batch)
         assert guess == pytest.approx(cache.nbytes(), rel=0.01)
         assert guess > 0

@@ -13,6 +13,7 @@ from transformers import DynamicCache, GenerationConfig, StaticCache
 from transformers.generation.utils import GenerationMixin
 
 import kvplug
+from kvplug.compat import cache_argument, output_cache
 from kvplug.testing import tiny_llama
 from kvplug.testing.tools import prompt, random_model
 
@@ -86,7 +87,7 @@ def test_build_arguments_reach_the_cache(model, ids):
         **GREEDY,
     )
     expected = kvplug.parse("int4(group=8, tail=16, block=8)+host")
-    assert out.past_key_values.strategy == expected
+    assert output_cache(out).strategy == expected
 
 
 def test_other_rules_of_the_config_still_hold():
@@ -113,10 +114,10 @@ def test_transformers_own_names_keep_their_class(model, ids, name, monkeypatch):
     if isinstance(plain, Exception):
         assert str(ours) == str(plain)
         return
-    assert type(ours.past_key_values) is type(plain.past_key_values)
-    assert not isinstance(ours.past_key_values, kvplug.Cache)
+    assert type(output_cache(ours)) is type(output_cache(plain))
+    assert not isinstance(output_cache(ours), kvplug.Cache)
     assert torch.equal(ours.sequences, plain.sequences)
-    assert type(ours.past_key_values) is (StaticCache if name == "static" else DynamicCache)
+    assert type(output_cache(ours)) is (StaticCache if name == "static" else DynamicCache)
 
 
 def _try(model, ids, name):
@@ -133,7 +134,7 @@ def test_transformers_quantized_keeps_its_class(model, ids):
     out = _try(model, ids, "quantized")
     if isinstance(out, Exception):
         pytest.skip(f"transformers' own: {out}")
-    assert type(out.past_key_values) is transformers.QuantizedCache
+    assert type(output_cache(out)) is transformers.QuantizedCache
 
 
 def test_without_cache(model, ids):
@@ -144,7 +145,7 @@ def test_without_cache(model, ids):
 def test_name_and_object_together_is_an_error_as_in_transformers(model, ids):
     for cache in (DynamicCache(), kvplug.build("int8", model.config)):
         with pytest.raises(ValueError, match=r"Passing both `cache_implementation`.*unsupported"):
-            model.generate(ids, cache_implementation="int4", past_key_values=cache, **GREEDY)
+            model.generate(ids, cache_implementation="int4", **cache_argument(cache), **GREEDY)
 
 
 def test_unregister_restores_the_very_attributes():
@@ -199,7 +200,7 @@ def test_after_unregister_our_names_are_unknown(model, ids):
             model.generate(ids, cache_implementation="int4", **GREEDY)
         held = kvplug.build("growing", model.config)  # an object needs no name
         plain = model.generate(ids, **GREEDY)
-        assert torch.equal(model.generate(ids, past_key_values=held, **GREEDY), plain)
+        assert torch.equal(model.generate(ids, **cache_argument(held), **GREEDY), plain)
     finally:
         kvplug.register()
     assert model.generate(ids, cache_implementation="int4", **GREEDY).shape == (1, 33)
@@ -238,7 +239,7 @@ def test_a_models_own_default(model, ids):
     """`model.generation_config.cache_implementation` names ours for every call."""
     model.generation_config.cache_implementation = "int8(block=8)"
     out = model.generate(ids, return_dict_in_generate=True, **GREEDY)
-    assert out.past_key_values.strategy.codec.name == "int8"
+    assert output_cache(out).strategy.codec.name == "int8"
     assert model.generation_config.cache_implementation == "int8(block=8)"
 
 
@@ -266,7 +267,7 @@ def test_threads_models_and_configs_do_not_meet(ids):
         assert len(together[i]) == 3
         for out in together[i]:
             assert torch.equal(out.sequences, alone[i].sequences)
-            assert type(out.past_key_values) is type(alone[i].past_key_values)
+            assert type(output_cache(out)) is type(output_cache(alone[i]))
 
 
 # ---------------------------------------------------------------------------------- other entrances
@@ -332,7 +333,7 @@ def test_encoder_decoder(kind, spec):
         kwargs = {"do_sample": False, "max_new_tokens": 20, "return_dict_in_generate": True} | extra
         plain = model.generate(ids, **kwargs)
         ours = model.generate(ids, cache_implementation=f"kvplug:{spec}", **kwargs)
-        cache = ours.past_key_values
+        cache = output_cache(ours)
         assert isinstance(cache.self_attention_cache, kvplug.Cache)
         assert type(cache.cross_attention_cache) is DynamicCache
         assert cache.cross_attention_cache.get_seq_length() == 15

@@ -16,6 +16,7 @@ import kvplug
 from kvplug import registry
 from kvplug.codecs.base import Codec
 from kvplug.codecs.exact import Exact
+from kvplug.compat import cache_argument
 from kvplug.kernels import auto, cpu
 from kvplug.kernels.base import Kernel
 from kvplug.kernels.cpu import Numba
@@ -138,7 +139,7 @@ def test_a_named_kernel_runs_or_raises():
 def test_decoding_runs_the_compiled_kernel(spec):
     """In `generate`, and nothing else."""
     model, cache = tiny_llama(), kvplug.build(spec, tiny_llama().config)
-    model.generate(prompt(200), past_key_values=cache, max_new_tokens=5, do_sample=False)
+    model.generate(prompt(200), **cache_argument(cache), max_new_tokens=5, do_sample=False)
     assert cache.stats()["kernels"] == {"numba": 4 * model.config.num_hidden_layers}
     assert cache.stats()["materialised"] == {}
 
@@ -150,13 +151,13 @@ def test_long_plain_tokens_are_read_by_the_kernel(spec):
     cache, plain = (kvplug.build(spec + kernel, model.config) for kernel in ("", "+reference"))
     for c in (cache, plain):
         with torch.no_grad():
-            model(prompt(1200), past_key_values=c)
+            model(prompt(1200), **cache_argument(c))
             assert c.stats()["kernels"] == {}, "prefill is torch's"
-            c.logits = model(prompt(1), past_key_values=c).logits
+            c.logits = model(prompt(1), **cache_argument(c)).logits
     layers = model.config.num_hidden_layers
     assert (cache.stats()["kernels"], plain.stats()["kernels"]) == ({"numba": layers}, {})
     torch.testing.assert_close(cache.logits, plain.logits, atol=1e-4, rtol=1e-4)
-    model(prompt(1), past_key_values=cache).logits.sum().backward()
+    model(prompt(1), **cache_argument(cache)).logits.sum().backward()
     assert cache.stats()["kernels"] == {"numba": layers}
     assert cache.stats()["materialised"] == {}
 
@@ -268,13 +269,13 @@ def test_what_is_not_a_number_is_not_hidden(bad):
 def test_a_gradient_is_refused_not_left_out():
     """Without `no_grad` the output is right; only `backward` says that there is no gradient."""
     model, cache = tiny_llama(), kvplug.build("int8", tiny_llama().config)
-    model(prompt(100), past_key_values=cache)
-    logits = model(prompt(1), past_key_values=cache).logits
+    model(prompt(100), **cache_argument(cache))
+    logits = model(prompt(1), **cache_argument(cache)).logits
     with pytest.raises(RuntimeError, match="'numba' has no gradient; choose 'reference'"):
         logits.sum().backward()
     cache = kvplug.build("int8+reference", model.config)
-    model(prompt(100), past_key_values=cache)
-    model(prompt(1), past_key_values=cache).logits.sum().backward()
+    model(prompt(100), **cache_argument(cache))
+    model(prompt(1), **cache_argument(cache)).logits.sum().backward()
     assert model.model.layers[0].self_attn.q_proj.weight.grad.any()
 
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import kvplug
+from kvplug.compat import cache_argument
 from kvplug.testing import tiny_llama
 from kvplug.testing.tools import prompt
 
@@ -28,7 +29,7 @@ def test_a_forward_pass_with_gradients_leaves_no_graph_behind(spec):
     model = tiny_llama()
     cache = kvplug.build(spec, model.config, max_cache_len=32)
     for ids in prompt(12).split([9, 1, 1, 1], dim=1):
-        logits = model(ids, past_key_values=cache).logits
+        logits = model(ids, **cache_argument(cache)).logits
     assert logits.requires_grad
     assert not cache.layers[0].keys.requires_grad
     assert not cache.layers[0].values.requires_grad

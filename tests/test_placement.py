@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import kvplug
+from kvplug.compat import cache_argument
 from kvplug.placement import host
 from kvplug.testing import PlacementConformance, tiny_llama
 from kvplug.testing.tools import prompt
@@ -30,7 +31,7 @@ def folder(tmp_path, monkeypatch):
 def test_disk_leaves_nothing_behind(folder):
     model = tiny_llama()
     cache = kvplug.build("disk+int4(block=8, tail=8)", model.config)
-    model.generate(prompt(40), past_key_values=cache, max_new_tokens=4, do_sample=False)
+    model.generate(prompt(40), **cache_argument(cache), max_new_tokens=4, do_sample=False)
     twin = copy.deepcopy(cache)
     assert len(list(folder.iterdir())) == 2
     assert not [p for p in folder.rglob("*") if p.is_file()], "files are unlinked once mapped"

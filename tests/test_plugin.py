@@ -14,6 +14,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PREAMBLE = """
 import kvplug, torch, transformers
+from kvplug.compat import output_cache
 torch.manual_seed(0)
 torch.set_num_threads(1)
 config = transformers.LlamaConfig(
@@ -82,14 +83,14 @@ assert "kvplug_example.int8_token" not in __import__("sys").modules  # imported 
 
 exact = generate("growing")
 coded = generate("int8_token(block=8)")
-assert coded.past_key_values.strategy.codec.block == 8
-assert coded.past_key_values.stats()["blocks_encoded"] == 2 * (69 // 8)
-assert coded.past_key_values.nbytes() < 0.6 * exact.past_key_values.nbytes()
-assert generate("keynorm(budget=16, every=4)").past_key_values.held() < 16 + 4
+assert output_cache(coded).strategy.codec.block == 8
+assert output_cache(coded).stats()["blocks_encoded"] == 2 * (69 // 8)
+assert output_cache(coded).nbytes() < 0.6 * output_cache(exact).nbytes()
+assert output_cache(generate("keynorm(budget=16, every=4)")).held() < 16 + 4
 assert (generate("keynorm(budget=70)").sequences == exact.sequences).all()
 
 for name in ("int8_token+host", "static+int8_token(block=8)", "sinks(window=14)+int8_token"):
-    cache = generate(name).past_key_values
+    cache = output_cache(generate(name))
     assert kvplug.parse(cache.stats()["strategy"]) == cache.strategy
 try:
     kvplug.parse("keynorm+int8")

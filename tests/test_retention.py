@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import kvplug
+from kvplug.compat import cache_argument
 from kvplug.registry import REGISTRIES
 from kvplug.testing import RetentionConformance, tiny_llama
 from kvplug.testing.oracle import one_layer
@@ -116,7 +117,7 @@ def test_sinks_stand_right_before_the_window(spec):
     exact = kvplug.parse(spec).codec.lossless
     with torch.no_grad():
         for i in range(40):
-            ours = model(ids[:, i : i + 1], past_key_values=cache).logits[:, -1]
+            ours = model(ids[:, i : i + 1], **cache_argument(cache)).logits[:, -1]
             kept = ids[:, : i + 1] if i < 11 else torch.cat((ids[:, :3], ids[:, i - 7 : i + 1]), 1)
             expected = model(kept, use_cache=False).logits[:, -1]
             worst = float((ours - expected).abs().max() / expected.abs().max())

@@ -8,6 +8,7 @@ import torch._dynamo.testing
 from transformers import DynamicCache
 
 import kvplug
+from kvplug.compat import cache_argument, output_cache
 from kvplug.testing import tiny_llama
 from kvplug.testing.tools import assert_close, prompt
 
@@ -27,7 +28,7 @@ def compiled_decode(model, backend):
     """A decode step as one graph that may be compiled only once."""
 
     def step(token, cache):
-        return model(token, past_key_values=cache).logits
+        return model(token, **cache_argument(cache)).logits
 
     count = torch._dynamo.testing.CompileCounterWithBackend(backend)
     return torch.compile(step, backend=count, fullgraph=True), count
@@ -43,11 +44,11 @@ def test_compiled_once_for_all_lengths(spec, backend):
     assert cache.is_compileable
     decode, count = compiled_decode(model, backend)
     with torch.no_grad():
-        model(ids, past_key_values=cache)
-        model(ids, past_key_values=eager)
+        model(ids, **cache_argument(cache))
+        model(ids, **cache_argument(eager))
         for i in range(40):
             token = steps[:, i : i + 1]
-            assert_close(decode(token, cache), model(token, past_key_values=eager).logits)
+            assert_close(decode(token, cache), model(token, **cache_argument(eager)).logits)
     assert count.frame_count == 1
     assert int(cache.get_seq_length()) == int(eager.get_seq_length()) == 53
     for a, b in zip(cache.layers, eager.layers, strict=True):
@@ -63,11 +64,11 @@ def test_inductor():
     )
     decode, count = compiled_decode(model, "inductor")
     with torch.no_grad():
-        model(ids, past_key_values=cache)
-        model(ids, past_key_values=eager)
+        model(ids, **cache_argument(cache))
+        model(ids, **cache_argument(eager))
         for i in range(20):
             token = prompt(1, seed=i)
-            a, b = decode(token, cache), model(token, past_key_values=eager).logits
+            a, b = decode(token, cache), model(token, **cache_argument(eager)).logits
             assert (a - b).abs().max() < 0.01 * b.abs().max()
     assert count.frame_count == 1
 
@@ -80,7 +81,7 @@ def test_reset_needs_no_new_graph(spec):
     results = []
     with torch.no_grad():
         for _ in range(2):
-            model(prompt(17), past_key_values=cache)
+            model(prompt(17), **cache_argument(cache))
             results.append([decode(prompt(1, seed=i), cache) for i in range(12)])
             cache.reset()
     assert count.frame_count == 1
@@ -93,17 +94,17 @@ def test_overflow_is_an_error_and_changes_nothing(spec):
     model = tiny_llama()
     cache = kvplug.build(spec, model.config, max_cache_len=20)
     with torch.no_grad():
-        model(prompt(19), past_key_values=cache)
-        model(prompt(1), past_key_values=cache)
+        model(prompt(19), **cache_argument(cache))
+        model(prompt(1), **cache_argument(cache))
         before = [(layer.keys.clone(), layer.values.clone()) for layer in cache.layers]
         with pytest.raises(
             kvplug.CacheOverflow,
             match=r"static cache of max_cache_len=20 holds 20 tokens and cannot take 1 more; "
             r"build it with max_cache_len >= 21",
         ):
-            model(prompt(1), past_key_values=cache)
+            model(prompt(1), **cache_argument(cache))
         with pytest.raises(kvplug.CacheOverflow, match="cannot take 5 more"):
-            model(prompt(5), past_key_values=cache)
+            model(prompt(5), **cache_argument(cache))
     assert int(cache.get_seq_length()) == 20
     for layer, (keys, values) in zip(cache.layers, before, strict=True):
         assert torch.equal(layer.keys, keys)
@@ -117,7 +118,7 @@ def test_overflow_of_a_compiled_step(spec, backend):
     cache = kvplug.build(spec, model.config, max_cache_len=20)
     decode, _ = compiled_decode(model, backend)
     with torch.no_grad():
-        model(prompt(18), past_key_values=cache)
+        model(prompt(18), **cache_argument(cache))
         for i in range(2):
             decode(prompt(1, seed=i), cache)
         before = [(layer.keys.clone(), layer.values.clone()) for layer in cache.layers]
@@ -135,8 +136,8 @@ def test_compiled_equals_dynamic():
     cache, dynamic = kvplug.build("static", model.config, max_cache_len=64), DynamicCache()
     decode, _ = compiled_decode(model, "eager")
     with torch.no_grad():
-        logits = model(ids, past_key_values=cache).logits[:, -1:]
-        assert_close(logits, model(ids, past_key_values=dynamic).logits[:, -1:])
+        logits = model(ids, **cache_argument(cache)).logits[:, -1:]
+        assert_close(logits, model(ids, **cache_argument(dynamic)).logits[:, -1:])
         out = [logits.argmax(-1)]
         for _ in range(19):
             out.append(decode(out[-1], cache)[:, -1:].argmax(-1))
@@ -172,13 +173,13 @@ def test_room_is_reserved_once(spec):
     model = tiny_llama()
     cache = kvplug.build(spec, model.config, max_cache_len=64)
     with torch.no_grad():
-        model(prompt(5), past_key_values=cache)
+        model(prompt(5), **cache_argument(cache))
         size = cache.nbytes()
         for i in range(40):
-            model(prompt(1, seed=i), past_key_values=cache)
+            model(prompt(1, seed=i), **cache_argument(cache))
         assert cache.nbytes() == size
         twin = copy.deepcopy(cache)
-        model(prompt(1), past_key_values=twin)
+        model(prompt(1), **cache_argument(twin))
     assert twin.nbytes() == size
     assert int(cache.get_seq_length()) == 45
 
@@ -190,9 +191,9 @@ def test_reserved_but_not_compiled_overflows_too(spec):
     model = tiny_llama()
     cache = kvplug.build(f"static+{spec}", model.config, max_cache_len=20)
     with torch.no_grad():
-        model(prompt(20), past_key_values=cache)
+        model(prompt(20), **cache_argument(cache))
         with pytest.raises(kvplug.CacheOverflow, match="holds 20 tokens and cannot take 1 more"):
-            model(prompt(1), past_key_values=cache)
+            model(prompt(1), **cache_argument(cache))
     assert cache.get_seq_length() == 20
 
 
@@ -201,7 +202,7 @@ def test_generate_reserves_what_it_needs():
     out = model.generate(
         ids, max_new_tokens=7, cache_implementation="kvplug:static", return_dict_in_generate=True
     )
-    assert out.past_key_values.get_max_length() >= 16
+    assert output_cache(out).get_max_length() >= 16
     out = model.generate(
         ids,
         max_new_tokens=7,
@@ -209,4 +210,4 @@ def test_generate_reserves_what_it_needs():
         cache_implementation="kvplug:static",
         return_dict_in_generate=True,
     )
-    assert out.past_key_values.get_max_length() == 50
+    assert output_cache(out).get_max_length() == 50

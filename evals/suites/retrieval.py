@@ -17,6 +17,7 @@ from evals.schema import at, measured
 from evals.strategies import file_name
 from evals.tables import Table
 from evals.task import Task
+from kvplug.compat import cache_argument
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -102,7 +103,9 @@ def feed(bench: Bench, cache: Cache, tokens: list[int]) -> torch.Tensor:
     """Feed tokens in chunks; return the last one's logits [V]."""
     ids = torch.tensor([tokens], device=bench.model.device)
     for chunk in ids.split(bench.config.chunk, dim=1):
-        out = bench.model(input_ids=chunk, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        out = bench.model(
+            input_ids=chunk, **cache_argument(cache), use_cache=True, logits_to_keep=1
+        )
     return out.logits[0, -1].float()
 
 

@@ -11,6 +11,7 @@ import torch
 from ..buffer import Buffer
 from ..cache import build
 from ..codecs.exact import Exact
+from ..compat import cache_argument
 from ..kernels.reference import Reference
 from ..layout.growing import Growing
 from ..retention.full import Full
@@ -112,6 +113,6 @@ class PlacementConformance:
             ids,
             max_new_tokens=12,
             do_sample=False,
-            past_key_values=build(strategy, model.config),
+            **cache_argument(build(strategy, model.config)),
         )
         assert torch.equal(ours, plain)

@@ -8,6 +8,7 @@ from transformers import DynamicCache
 
 from ..cache import build
 from ..codecs.exact import Exact
+from ..compat import cache_argument
 from ..errors import Evicted
 from ..kernels.reference import Reference
 from ..layout.growing import Growing
@@ -92,8 +93,8 @@ class RetentionConformance:
         """Eviction comes after attention: the first forward of a long prompt is exact."""
         model, ids = tiny_llama(), prompt(3 * budget)
         with torch.no_grad():
-            exact = model(ids, past_key_values=DynamicCache(config=model.config)).logits
-            ours = model(ids, past_key_values=build(strategy, model.config)).logits
+            exact = model(ids, **cache_argument(DynamicCache(config=model.config))).logits
+            ours = model(ids, **cache_argument(build(strategy, model.config))).logits
         assert_close(ours, exact)
 
     def test_within_the_budget_nothing_is_lost(
@@ -106,7 +107,7 @@ class RetentionConformance:
         model, ids = tiny_llama(), prompt(n, batch=2)
         new = {"max_new_tokens": budget - n, "do_sample": False}
         plain = model.generate(ids, **new)
-        ours = model.generate(ids, past_key_values=build(strategy, model.config), **new)
+        ours = model.generate(ids, **cache_argument(build(strategy, model.config)), **new)
         assert torch.equal(ours, plain)
 
     def test_memory_is_bounded(self, retention: Retention, strategy: Strategy, budget: int) -> None:

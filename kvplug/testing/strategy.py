@@ -16,6 +16,7 @@ from torch.nn.functional import scaled_dot_product_attention as sdpa
 from transformers import DynamicCache, GenerationConfig
 
 from ..cache import Cache, build
+from ..compat import cache_argument, output_cache
 from ..layer import Layer
 from ..layout.growing import Growing
 from ..placement.device import Device
@@ -126,7 +127,7 @@ class StrategyConformance:
         """No NaN in any step."""
         out = run(prompt(23, 2), output_scores=True, return_dict_in_generate=True)
         assert all(s.isfinite().all() for s in out.scores)
-        assert isinstance(out.past_key_values, Cache)
+        assert isinstance(output_cache(out), Cache)
 
     def test_layout_and_placement_change_no_token(
         self, run: Callable, strategy: Strategy, model: PreTrainedModel
@@ -160,7 +161,7 @@ class StrategyConformance:
                 cache = fresh()
                 torch.manual_seed(0)
                 cache.set_padding(inputs["attention_mask"])
-                out = model.generate(**inputs, past_key_values=cache, **(GREEDY | kwargs))
+                out = model.generate(**inputs, **cache_argument(cache), **(GREEDY | kwargs))
                 outputs.setdefault(name, []).append(out)
                 caches.append(cache)
             one = one_layer(strategy)
@@ -176,11 +177,11 @@ class StrategyConformance:
         with torch.no_grad():  # one content, read both ways
             cache, token = fresh(), prompt(1, 2, seed=5)
             cache.set_padding(inputs["attention_mask"])
-            model(**inputs, past_key_values=cache)
+            model(**inputs, **cache_argument(cache))
             mask = torch.cat((inputs["attention_mask"], torch.ones(2, 1, dtype=torch.long)), 1)
             a, b = (
                 tiny_llama(attn_implementation=name)(
-                    token, attention_mask=mask, past_key_values=copy.deepcopy(cache)
+                    token, attention_mask=mask, **cache_argument(copy.deepcopy(cache))
                 ).logits
                 for name in ("sdpa", "eager")
             )
@@ -200,7 +201,7 @@ class StrategyConformance:
         with torch.no_grad():
             for ids in (prompt(33, 2), *prompt(6, 2, seed=1).split(1, 1)):
                 best, plain, ours = (
-                    m(ids, past_key_values=c).logits.float()
+                    m(ids, **cache_argument(c)).logits.float()
                     for m, c in zip((full, model, model), caches, strict=True)
                 )
                 assert ours.isfinite().all()
@@ -229,7 +230,7 @@ class StrategyConformance:
             with torch.no_grad():
                 for i in range(0, length, chunk):
                     part = ids[:, i : i + chunk]
-                    a, b = (model(part, past_key_values=c).logits for c in (exact, ours))
+                    a, b = (model(part, **cache_argument(c)).logits for c in (exact, ours))
                     assert b.isfinite().all()
                     if i == 0 or lossless:
                         assert_close(b, a)
@@ -285,7 +286,7 @@ class StrategyConformance:
         if strategy.codec.lossless:
             pytest.skip(f"{strategy.codec}: nothing is encoded with loss")
         cache = fresh()
-        model.generate(prompt(40), past_key_values=cache, **(GREEDY | {"max_new_tokens": 30}))
+        model.generate(prompt(40), **cache_argument(cache), **(GREEDY | {"max_new_tokens": 30}))
         for layer in cache.layers:
             begin, end, _ = encoded_columns(layer)
             assert 69 - max(begin, end) <= strategy.codec.tail + strategy.codec.block - 1
@@ -296,7 +297,7 @@ class StrategyConformance:
         assert cache.nbytes() == walked_bytes(cache)
         for n in (33, 1, 1, 9, 1):
             with torch.no_grad():
-                model(prompt(n, 2), past_key_values=cache)
+                model(prompt(n, 2), **cache_argument(cache))
             assert cache.nbytes() == walked_bytes(cache) > 0
         cache.reorder_cache(torch.tensor([1, 0]))
         cache.crop(0)
@@ -339,12 +340,12 @@ class StrategyConformance:
     def test_reset_and_use_again(self, fresh: Callable, model: PreTrainedModel) -> None:
         """After `reset` a cache is as new, for shorter and for longer sequences."""
         used = fresh()
-        model.generate(prompt(40, 2), past_key_values=used, **GREEDY)
+        model.generate(prompt(40, 2), **cache_argument(used), **GREEDY)
         for n in (9, 50):
             used.reset()
             assert int(used.get_seq_length()) == used.held() == 0
             outs = [
-                model.generate(prompt(n, 2, seed=n), past_key_values=c, **GREEDY)
+                model.generate(prompt(n, 2, seed=n), **cache_argument(c), **GREEDY)
                 for c in (used, fresh())
             ]
             assert torch.equal(*outs)
@@ -367,28 +368,28 @@ class StrategyConformance:
             if name is not None:
                 built = build(spec, model.config, max_cache_len=128)
                 first = model.generate(
-                    prompt(17), past_key_values=built, **(GREEDY | {"max_new_tokens": 8})
+                    prompt(17), **cache_argument(built), **(GREEDY | {"max_new_tokens": 8})
                 )
                 assert torch.equal(first, out.sequences)
                 again = model.generate(
-                    ids, past_key_values=built, **(GREEDY | {"max_new_tokens": 8})
+                    ids, **cache_argument(built), **(GREEDY | {"max_new_tokens": 8})
                 )
                 if (
-                    out.past_key_values.get_max_length() in (-1,)
-                    or not out.past_key_values.is_compileable
+                    output_cache(out).get_max_length() in (-1,)
+                    or not output_cache(out).is_compileable
                 ):
                     limit = parse(spec).layout
                     if limit.name != "static":
                         second = model.generate(
                             ids,
-                            past_key_values=out.past_key_values,
+                            **cache_argument(output_cache(out)),
                             **(GREEDY | {"max_new_tokens": 8}),
                         )
                         assert torch.equal(second, again)
                 turns[name] = again
             else:
                 turns[name] = model.generate(
-                    ids, past_key_values=out.past_key_values, **(GREEDY | {"max_new_tokens": 8})
+                    ids, **cache_argument(output_cache(out)), **(GREEDY | {"max_new_tokens": 8})
                 )
         if lossless:
             assert torch.equal(turns[None], turns[PREFIX + spec])
@@ -398,17 +399,17 @@ class StrategyConformance:
         prefix = prompt(26)
         cache = fresh()
         with torch.no_grad():
-            model(prefix, past_key_values=cache)
+            model(prefix, **cache_argument(cache))
         ends = [torch.cat((prefix, prompt(7, seed=s)), 1) for s in (1, 2, 3)]
         apart = []
         for ids in ends:
             own = fresh()
             with torch.no_grad():
-                model(prefix, past_key_values=own)
-            apart.append(model.generate(ids, past_key_values=own, **GREEDY))
+                model(prefix, **cache_argument(own))
+            apart.append(model.generate(ids, **cache_argument(own), **GREEDY))
         for ids, expected in zip(ends, apart, strict=True):
             twin = copy.deepcopy(cache)
-            assert torch.equal(model.generate(ids, past_key_values=twin, **GREEDY), expected)
+            assert torch.equal(model.generate(ids, **cache_argument(twin), **GREEDY), expected)
         assert twin.stats()["blocks_encoded"] >= cache.stats()["blocks_encoded"]
         assert storages_of(twin).isdisjoint(storages_of(cache)), "the copy shares storage"
 
@@ -427,12 +428,12 @@ class StrategyConformance:
         early = fresh()
         with torch.no_grad():
             for i in (0, 15):
-                model(ids[:, i : i + 15], past_key_values=late)
-                model(ids[rows][:, i : i + 15], past_key_values=early)
+                model(ids[:, i : i + 15], **cache_argument(late))
+                model(ids[rows][:, i : i + 15], **cache_argument(early))
             change(late)
             for step in range(12):
                 token = prompt(1, len(rows), seed=step)
-                a, b = (model(token, past_key_values=c).logits for c in (early, late))
+                a, b = (model(token, **cache_argument(c)).logits for c in (early, late))
                 assert_close(b, a)
 
     def test_crop_and_go_on(
@@ -443,20 +444,20 @@ class StrategyConformance:
         plain, cropped = fresh(), fresh()
         with torch.no_grad():
             for cache in (plain, cropped):
-                model(ids, past_key_values=cache)
+                model(ids, **cache_argument(cache))
             cropped.activate_past_recording()
             for step, (guesses, removed) in enumerate([(5, 5), (4, 2), (9, 8), (1, 0), (6, 6)]):
                 tokens = prompt(guesses, seed=step)
-                model(tokens, past_key_values=cropped)
+                model(tokens, **cache_argument(cropped))
                 cropped.crop(-removed)
                 assert (
                     int(cropped.get_seq_length()) == int(plain.get_seq_length()) + guesses - removed
                 )
                 if guesses > removed:
-                    model(tokens[:, : guesses - removed], past_key_values=plain)
+                    model(tokens[:, : guesses - removed], **cache_argument(plain))
                 assert cropped.held() == plain.held()
             token = prompt(1, seed=9)
-            a, b = (model(token, past_key_values=c).logits for c in (plain, cropped))
+            a, b = (model(token, **cache_argument(c)).logits for c in (plain, cropped))
         assert b.isfinite().all()
         # the tokens of one call see each other in full precision, so calls that were cut otherwise
         # may have computed later layers a little differently where the codec loses something
@@ -542,7 +543,7 @@ class StrategyConformance:
     def test_stats_are_a_record(self, fresh: Callable, model: PreTrainedModel) -> None:
         """Plain types, and the strategy in them parses back."""
         cache = fresh()
-        model.generate(prompt(33), past_key_values=cache, **GREEDY)
+        model.generate(prompt(33), **cache_argument(cache), **GREEDY)
         stats = json.loads(json.dumps(cache.stats()))
         assert parse(stats["strategy"]) == cache.strategy
         assert set(stats["kernels"]) <= set(available()["kernel"])

@@ -5,6 +5,7 @@ import torch
 from transformers import DynamicCache
 
 import kvplug
+from kvplug.compat import cache_argument
 
 WINDOW, CHUNK, SKIP = 2048, 64, 256
 
@@ -12,7 +13,9 @@ WINDOW, CHUNK, SKIP = 2048, 64, 256
 @torch.no_grad()
 def log_probs(model, tokens, cache):
     """Next-token log-probabilities [T, V] of one window, fed in chunks through a cache."""
-    chunks = [model(chunk[None], past_key_values=cache).logits[0] for chunk in tokens.split(CHUNK)]
+    chunks = [
+        model(chunk[None], **cache_argument(cache)).logits[0] for chunk in tokens.split(CHUNK)
+    ]
     return torch.cat(chunks).log_softmax(-1)[SKIP:-1]
 
 
@@ -44,7 +47,7 @@ def test_sinks_stay_sane_beyond_the_trained_length(real, text):
     losses, sizes = [], []
     stream = text[: 24 * 512 + 1]
     for i in range(0, len(stream) - 1, 512):
-        logits = model(stream[None, i : i + 512], past_key_values=cache).logits[0]
+        logits = model(stream[None, i : i + 512], **cache_argument(cache)).logits[0]
         losses.append(torch.nn.functional.cross_entropy(logits, stream[i + 1 : i + 513]))
         sizes.append(cache.nbytes())
         assert cache.held() <= 511
