@@ -89,6 +89,16 @@ def test_keys_and_values_have_their_own_bits():
     assert (keys - x).abs().max() < 0.03 < 0.3 < (values - x).abs().max()
 
 
+@pytest.mark.parametrize("spec", ["int8", "int4", "int2"])
+def test_a_compiler_stores_the_same_bytes(spec):
+    """It leaves out the cast to float16 and back: the codes must fit the scale that is stored."""
+    codec = kvplug.parse(spec).codec
+    x = 5 + 3 * torch.randn(1, 2, 2, 64, 32, generator=torch.Generator().manual_seed(0))
+    compiled, eager = torch.compile(codec.encode)(x, x), codec.encode(x, x)
+    for name, data in eager.items():
+        assert torch.equal(compiled[name], data), name
+
+
 def test_bfloat16_does_not_wrap():
     """In bf16 arithmetic x / scale reaches 255.5 for the largest: 256 would wrap to 0."""
     codec = kvplug.parse("int8(block=8)").codec

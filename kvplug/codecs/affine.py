@@ -103,9 +103,20 @@ def _half_step(scale: Tensor, zero: Tensor, bits: int) -> Tensor:
 
 def _round_down(x: Tensor) -> Tensor:
     """A float16 that is not above x, at most two float16 steps below."""
-    y = x.to(torch.float16).float()
+    y = _to_float16(x)
     step = (y.abs() * 2.0**-10).clamp_min(2.0**-24)  # one or two steps of float16 at y
-    return torch.where(y > x, y - step, y).to(torch.float16)
+    return _to_float16(torch.where(y > x, y - step, y)).to(torch.float16)
+
+
+def _to_float16(x: Tensor) -> Tensor:
+    """`x.to(torch.float16).float()` of float32, by arithmetic: the casts that follow are exact.
+
+    A compiler that fuses them leaves both out (torch.compile does, unless
+    `emulate_precision_casts` is set), and codes would not fit the scale that is stored.
+    """
+    power = (x.view(torch.int32) & 0x7F800000).view(torch.float32)  # of two, at most |x|
+    step = (power * 2.0**-10).clamp(2.0**-24, 2.0**6)  # of float16 at x
+    return (x / step).round() * step
 
 
 def _pack(codes: Tensor, bits: int) -> Tensor:
