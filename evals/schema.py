@@ -26,6 +26,9 @@ METRICS = {
     "decode": Metric(
         "ms/token", "lower", "one greedy step of the whole batch; median over the timed steps"
     ),
+    "decode_new": Metric(
+        "ms/token", "lower", "decode in the first round: lengths that this process had not met"
+    ),
     "throughput": Metric("tokens/s", "higher", "tokens decoded per second over the whole batch"),
     "energy": Metric(
         "J/token", "lower", "used by all of the processor or GPU while decoding, over all tokens"

@@ -38,6 +38,7 @@ DEFAULTS: dict[str, Any] = {
 }
 NEEDS = {"model"}
 SPARE = 0.9  # of the free memory that a cache may take
+MUCH = 1.3  # times as long: worth a line
 
 
 def tasks(bench: Bench) -> Iterator[Task]:
@@ -134,6 +135,8 @@ class Runner:
         times = pooled(laps)
         low = 1000 * floor(self.bench, self.strategy, self.batch, self.context)
         yield measured("decode", *times, note=note, stats=self.stats)
+        if len(laps) > 1:
+            yield measured("decode_new", *laps[0])
         yield measured("throughput", *(1000 * self.batch / x for x in times))
         if ratio := speedup(laps, reference):
             yield ratio
@@ -216,10 +219,29 @@ def tables(config: dict[str, Any], rows: list[Row]) -> list[Table]:
             title = f"energy, J/token ↓, batch {batch}"
             made.append(grid(title, mine, lambda found: figure(found, "energy", ".3f")))
     timed = [row for row in rows if row["metric"] == "decode" and row["context"]]
+    news = [row for row in rows if row["metric"] == "decode_new" and row["strategy"] != SAME]
     said = [
         f"Decode: {config['repeats']} rounds of {config['decode_steps']} steps after "
         f"{config['warmup']} of warm-up; context 0 is the step without. {'. '.join(notes(timed))}.",
         *off.lines(),
+        *slower_when_new(timed, news),
     ]
     made[-1] = made[-1]._replace(notes=said)
     return made
+
+
+def slower_when_new(timed: list[Row], news: list[Row]) -> list[str]:
+    """Return the line that names who takes much longer at a length which is new to the process.
+
+    In a loop that repeats lengths nobody else would see it, and a long answer meets each length
+    once: cuDNN's attention, for one, plans anew for each.
+    """
+    usual = {(r["strategy"], r["batch"], r["context"]): r["value"] for r in timed}
+    slow = [
+        f"{r['strategy']} {r['value']:.1f} at {r['batch']} x {r['context']:,}"
+        for r in news
+        if r["value"] > MUCH * usual[r["strategy"], r["batch"], r["context"]]
+    ]
+    if not slow:
+        return []
+    return [f"In the first round, at lengths new to the process, ms/token: {', '.join(slow)}."]

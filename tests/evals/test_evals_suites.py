@@ -41,7 +41,7 @@ def test_decode_end_to_end(config, tmp_path, console, add_rival):
                 assert row["n"] == config.repeats * config.decode_steps
                 assert row["p20"] <= row["value"] <= row["p80"] <= row["p99"]
                 assert figure[name, "speedup", batch, context]["n"] == config.repeats
-                for metric in ("throughput", "floor", "floor_share", "bytes_held"):
+                for metric in ("decode_new", "throughput", "floor", "floor_share", "bytes_held"):
                     assert (name, metric, batch, context) in figure
     assert "5,000 tokens asked, 1,019 fit the model's 1,024 positions" in table
     assert figure[EXACT, "speedup", 1, 48]["value"] == 1
@@ -55,6 +55,18 @@ def test_decode_end_to_end(config, tmp_path, console, add_rival):
     assert "share of the predicted floor" in table
     shown = console.file.getvalue()
     assert shown.index("predicted floor, ms/token") < shown.index("tasks"), "before measuring"
+
+
+def test_decode_names_who_is_slow_at_lengths_that_are_new():
+    """A loop that repeats lengths hides what a library does once for each."""
+    place = {"batch": 1, "context": 4096}
+    timed = [measured("decode", x) | {"strategy": s} | place for s, x in (("a", 20.0), ("b", 21.0))]
+    news = [
+        measured("decode_new", x) | {"strategy": s} | place for s, x in (("a", 62.0), ("b", 22))
+    ]
+    (line,) = suites.get("decode").slower_when_new(timed, news)
+    assert line.endswith("ms/token: a 62.0 at 1 x 4,096.")
+    assert suites.get("decode").slower_when_new(timed, news[1:]) == []
 
 
 def test_decode_counts_joules_where_the_machine_does(config, tmp_path, console, monkeypatch):
