@@ -4,7 +4,15 @@ from importlib.metadata import PackageNotFoundError, version
 
 from .cache import Cache, build
 from .codecs.base import Codec, Encoded
-from .errors import CacheOverflow, Evicted, KvplugError, MissingExtra, SpecError, UnknownStage
+from .errors import (
+    CacheOverflow,
+    Evicted,
+    KvplugError,
+    MissingExtra,
+    SpecError,
+    UnknownHost,
+    UnknownStage,
+)
 from .estimate import estimate
 from .hook import register, unregister
 from .kernels.base import Kernel
@@ -36,6 +44,7 @@ __all__ = [
     "Scored",
     "SpecError",
     "Strategy",
+    "UnknownHost",
     "UnknownStage",
     "add",
     "available",

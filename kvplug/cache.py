@@ -7,7 +7,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 import transformers
 
-from .compat import THEIR_NAMES, DynamicLayer, DynamicSlidingWindowLayer, StaticLayer
+from .compat import (
+    KNOWN_LAYERS,
+    THEIR_NAMES,
+    CacheLayerMixin,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    StaticLayer,
+)
 from .errors import SpecError
 from .layer import Layer
 from .retention.window import Window
@@ -115,6 +122,7 @@ def build(
     else:
         theirs = transformers.DynamicCache(config=config).layers
         layers = [_layer(x, strategy, place, stats, rotation) for x in theirs]
+    _check_known(theirs, strategy, config)
     # transformers' static windows are all that an exact static cache of a sliding model needs
     served = (Layer, StaticLayer if strategy.codec.name == "exact" else OurStaticLayer)
     if not any(isinstance(layer, served) for layer in layers):
@@ -123,6 +131,17 @@ def build(
             f"{strategy}: {type(config).__name__} has no attention layer it could serve: {kinds}"
         )
     return Cache(layers, strategy, stats)
+
+
+def _check_known(theirs: list, strategy: Strategy, config: PreTrainedConfig) -> None:
+    """Raise SpecError where a layer of transformers holds keys in a way we do not know."""
+    kinds = {type(x) for x in theirs if isinstance(x, CacheLayerMixin)} - set(KNOWN_LAYERS)
+    if kinds:
+        names = ", ".join(sorted(kind.__name__ for kind in kinds))
+        raise SpecError(
+            f"{strategy}: {type(config).__name__} has attention layers of a kind that kvplug does "
+            f"not know: {names}; leave the cache to transformers for this model"
+        )
 
 
 def _layer(

@@ -36,12 +36,27 @@ CacheLayerMixin = layer_class("CacheLayerMixin")
 DynamicLayer = layer_class("DynamicLayer")
 DynamicSlidingWindowLayer = layer_class("DynamicSlidingWindowLayer")
 StaticLayer = layer_class("StaticLayer")
-
-# the values of `cache_implementation` that are transformers' own
-THEIR_NAMES: tuple[str, ...] = (
-    *(find("generation.configuration_utils", "ALL_CACHE_IMPLEMENTATIONS") or ()),
-    "paged",
+EncoderDecoderCache = layer_class("EncoderDecoderCache")
+# layers with keys and values that rightly stay transformers' own: static windows; an index beside
+# the keys; attention beside a state. Layers of another base (a state, dummies) hold no keys.
+LEFT_ALONE = tuple(
+    layer_class(name)
+    for name in (
+        "StaticSlidingWindowLayer",
+        "DynamicIndexedLayer",
+        "StaticIndexedLayer",
+        "LinearAttentionAndFullAttentionLayer",
+        "LinearAttentionAndSlidingWindowAttentionLayer",
+        "LinearAttentionAndStaticFullAttentionLayer",
+        "LinearAttentionAndStaticSlidingWindowAttentionLayer",
+    )
 )
+KNOWN_LAYERS = (DynamicLayer, DynamicSlidingWindowLayer, StaticLayer, *LEFT_ALONE)
+
+# the values of `cache_implementation` that are transformers' own, "paged" beside its list
+KNOWN_NAMES = find("generation.configuration_utils", "ALL_CACHE_IMPLEMENTATIONS")
+DOCUMENTED_NAMES = ("dynamic", "offloaded", "static", "offloaded_static", "quantized")
+THEIR_NAMES: tuple[str, ...] = (*(KNOWN_NAMES or DOCUMENTED_NAMES), "paged")
 
 
 def cache_field() -> str | None:
@@ -67,29 +82,56 @@ def output_cache(output: Any) -> Any:
     return getattr(output, CACHE_ARGUMENT)
 
 
-# what is wrapped, and the parameters that are read
-VALIDATE = "validate"
-PREPARE = "_prepare_cache_for_generation"
-PREPARE_PARAMETERS = ("generation_config", "model_kwargs", "max_cache_length")
-CONFIG_FIELDS = ("cache_implementation", "cache_config", "use_cache", "is_assistant")
+# what is wrapped, and the parameters and fields that are read
+VALIDATE = "validate"  # of GenerationConfig; this and below of GenerationMixin
+PREPARE_CONFIG = "_prepare_generation_config"
+PREPARE_CACHE = "_prepare_cache_for_generation"
+PARAMETERS = {
+    VALIDATE: ("self",),
+    PREPARE_CONFIG: ("self", "generation_config"),
+    PREPARE_CACHE: ("self", "generation_config", "model_kwargs", "max_cache_length"),
+}
+CONFIG_FIELDS = (
+    "cache_implementation",
+    "cache_config",
+    "use_cache",
+    "is_assistant",
+    "max_cache_len",
+    "prompt_lookup_num_tokens",
+)
 
 
 def problems() -> list[str]:
     """What `hook` needs and does not find in the installed transformers; [] where all is there."""
-    mixin, config = transformers.GenerationMixin, transformers.GenerationConfig
     missing = []
-    if not callable(getattr(config, VALIDATE, None)):
-        missing.append(f"GenerationConfig.{VALIDATE}")
-    prepare = getattr(mixin, PREPARE, None)
-    if not callable(prepare):
-        missing.append(f"GenerationMixin.{PREPARE}")
-    else:
-        known = inspect.signature(prepare).parameters
-        missing += [f"{PREPARE}({x}=)" for x in PREPARE_PARAMETERS if x not in known]
-    plain = config()
-    missing += [f"GenerationConfig.{x}" for x in CONFIG_FIELDS if not hasattr(plain, x)]
+    for name, wanted in PARAMETERS.items():
+        owner = transformers.GenerationConfig if name == VALIDATE else transformers.GenerationMixin
+        method = getattr(owner, name, None)
+        if not callable(method):
+            missing.append(f"{owner.__name__}.{name}")
+            continue
+        has = inspect.signature(method).parameters
+        missing += [f"argument {x!r} of {owner.__name__}.{name}" for x in wanted if x not in has]
+    config = transformers.GenerationConfig()
+    missing += [f"GenerationConfig.{x}" for x in CONFIG_FIELDS if not hasattr(config, x)]
     if cache_field() is None:
-        missing.append("the cache among the fields of GenerateDecoderOnlyOutput")
-    if len(THEIR_NAMES) == 1:
+        missing.append("the cache in GenerateDecoderOnlyOutput")
+    if not KNOWN_NAMES:
         missing.append("ALL_CACHE_IMPLEMENTATIONS")
     return missing
+
+
+def advice(missing: list[str]) -> str:
+    """What to tell who names a strategy on a transformers where `missing` is."""
+    return (
+        f"transformers {transformers.__version__} is not one that kvplug can add names to: it has "
+        f"no {', no '.join(missing)}. Tested: {', '.join(TESTED)}. Update kvplug, or run "
+        f"pip install 'transformers=={TESTED[-1]}', or pass an object instead of a name: "
+        "generate(..., cache=kvplug.build(...))"
+    )
+
+
+def builds_own_cache(model: Any) -> bool:
+    """Whether transformers leaves the cache to the model's own code, as where it is a state."""
+    supports = getattr(model, "_supports_default_dynamic_cache", None)
+    return supports is not None and not supports()

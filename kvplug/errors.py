@@ -3,6 +3,7 @@
 KvplugError
 ├── SpecError (ValueError)        a strategy that cannot be: bad argument, stages that clash
 │   └── UnknownStage              a name that no stage has
+├── UnknownHost (RuntimeError)    a strategy named on a transformers that kvplug does not know
 ├── MissingExtra (ImportError)    a stage whose optional dependency is not installed
 ├── CacheOverflow (ValueError)    more tokens than a static cache was built for
 └── Evicted (RuntimeError)        a rollback to tokens that are no longer kept
@@ -21,6 +22,10 @@ class SpecError(KvplugError, ValueError):
 
 class UnknownStage(SpecError):
     """A name that no stage has."""
+
+
+class UnknownHost(KvplugError, RuntimeError):
+    """The installed transformers lacks what names need: says what, and which versions have it."""
 
 
 class MissingExtra(KvplugError, ImportError):

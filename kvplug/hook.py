@@ -1,8 +1,10 @@
 """The only file that changes transformers: strategies as `cache_implementation` of `generate`.
 
-Two methods are wrapped. `GenerationConfig.validate` accepts our names;
+Three methods are wrapped. `GenerationConfig.validate` accepts our names;
 `GenerationMixin._prepare_cache_for_generation` lets transformers prepare its own cache and puts
-ours in the place of the decoder's. Calls that name no strategy of ours go through unchanged.
+ours in the place of the decoder's; `_prepare_generation_config`, the first that knows model and
+name, sees to it that a model which prepares its cache by code of its own is watched. Calls that
+name no strategy of ours go through unchanged.
 """
 
 from __future__ import annotations
@@ -10,34 +12,87 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
+from types import SimpleNamespace
 from typing import Any
 
-from transformers import EncoderDecoderCache, GenerationConfig, GenerationMixin
+from transformers import GenerationConfig, GenerationMixin
 
 from . import compat
 from .cache import Cache, build, is_ours
-from .errors import SpecError, UnknownStage
+from .errors import KvplugError, SpecError, UnknownHost, UnknownStage
 from .layout.growing import Growing
 from .spec import parse
 
-_originals: dict[str, Any] = {}
+_originals: dict[tuple[type, str], Any] = {}
 
 
 def register() -> None:
-    """Make strategies known to `generate`, as `import kvplug` does; again changes nothing."""
+    """Make strategies known to `generate`, as `import kvplug` does; again changes nothing.
+
+    On a transformers that lacks what this needs, naming a strategy raises UnknownHost instead.
+    """
     if _originals:
         return
-    _originals["validate"] = GenerationConfig.validate
-    _originals["prepare"] = GenerationMixin._prepare_cache_for_generation
-    GenerationConfig.validate = _validate(_originals["validate"])
-    GenerationMixin._prepare_cache_for_generation = _prepare(_originals["prepare"])
+    missing = compat.problems()
+    if missing:
+        _wrap(GenerationConfig, compat.VALIDATE, functools.partial(_refuse_config, missing))
+        _wrap(GenerationMixin, "generate", functools.partial(_refuse_call, missing))
+        return
+    _wrap(GenerationConfig, compat.VALIDATE, _validate)
+    _wrap(GenerationMixin, compat.PREPARE_CONFIG, _prepare_config)
+    _wrap(GenerationMixin, compat.PREPARE_CACHE, _prepare)
 
 
 def unregister() -> None:
     """Put back what `register` replaced: transformers is as if kvplug had not been imported."""
-    if _originals:
-        GenerationConfig.validate = _originals.pop("validate")
-        GenerationMixin._prepare_cache_for_generation = _originals.pop("prepare")
+    while _originals:
+        (owner, name), original = _originals.popitem()
+        if original is None:
+            delattr(owner, name)
+        else:
+            setattr(owner, name, original)
+
+
+def _wrap(owner: type, name: str, wrapper: Any) -> None:
+    """Replace a method that is there, once."""
+    method = getattr(owner, name, None)
+    if method is not None and (owner, name) not in _originals:
+        _originals[owner, name] = vars(owner).get(name)  # None where a base class has it
+        setattr(owner, name, wrapper(method))
+
+
+def _refuse_config(missing: list[str], original: Any) -> Any:
+    @functools.wraps(original)
+    def validate(self: GenerationConfig, *args: Any, **kwargs: Any) -> None:
+        _refuse(self, missing)
+        return original(self, *args, **kwargs)
+
+    return validate
+
+
+def _refuse_call(missing: list[str], original: Any) -> Any:
+    @functools.wraps(original)
+    def generate(self: GenerationMixin, *args: Any, **kwargs: Any) -> Any:
+        named = SimpleNamespace(**kwargs)
+        for config in (named, *args, *kwargs.values(), getattr(self, "generation_config", None)):
+            _refuse(config, missing)
+        return original(self, *args, **kwargs)
+
+    return generate
+
+
+def _refuse(config: Any, missing: list[str]) -> None:
+    """Raise UnknownHost where `config` names a strategy."""
+    name = getattr(config, "cache_implementation", None)
+    if not is_ours(name):
+        return
+    try:
+        parse(name, getattr(config, "cache_config", None))
+    except UnknownStage:
+        return  # perhaps a new name of transformers
+    except KvplugError:
+        pass  # one of ours all the same
+    raise UnknownHost(f"{name!r}: {compat.advice(missing)}")
 
 
 def _validate(original: Any) -> Any:
@@ -54,6 +109,42 @@ def _validate(original: Any) -> Any:
         return original(_without_ours(self, strategy.layout.name == "static"), *args, **kwargs)
 
     return validate
+
+
+def _prepare_config(original: Any) -> Any:
+    @functools.wraps(original)
+    def _prepare_generation_config(self: GenerationMixin, *args: Any, **kwargs: Any) -> Any:
+        result = original(self, *args, **kwargs)
+        if is_ours(result[0].cache_implementation):
+            # the class whose method `generate` is going to call
+            owner = next(c for c in type(self).__mro__ if compat.PREPARE_CACHE in vars(c))
+            if owner is not GenerationMixin:
+                _wrap(owner, compat.PREPARE_CACHE, _watched)
+        return result
+
+    return _prepare_generation_config
+
+
+def _watched(original: Any) -> Any:
+    """A model's own way to prepare its cache: an error where it does not come to ours."""
+
+    @functools.wraps(original)
+    def _prepare_cache_for_generation(self: GenerationMixin, *args: Any, **kwargs: Any) -> Any:
+        # by type: an override may call its parameters anything
+        given = (*args, *kwargs.values())
+        config = next(x for x in given if isinstance(x, GenerationConfig))
+        model_kwargs = next(x for x in given if isinstance(x, dict))
+        name = config.cache_implementation
+        asked = is_ours(name) and config.use_cache is not False and not _cache_in(model_kwargs)
+        result = original(self, *args, **kwargs)
+        if asked and not isinstance(_decoder_cache(_cache_in(model_kwargs)), Cache):
+            raise SpecError(
+                f"{type(self).__name__} prepares a cache of its own kind: "
+                f"cache_implementation={name!r} cannot apply"
+            )
+        return result
+
+    return _prepare_cache_for_generation
 
 
 def _prepare(original: Any) -> Any:
@@ -80,7 +171,7 @@ def _prepare(original: Any) -> Any:
                 generation_config = _without_ours(generation_config, static=False)
             return prepare(generation_config)
         name = generation_config.cache_implementation
-        if not self._supports_default_dynamic_cache():
+        if compat.builds_own_cache(self):
             raise SpecError(
                 f"{type(self).__name__} builds its own kind of cache: "
                 f"cache_implementation={name!r} cannot apply"
@@ -104,7 +195,7 @@ def _prepare(original: Any) -> Any:
                 f"transformers prepared no cache for {type(self).__name__}: "
                 f"{name!r} cannot take its place"
             )
-        if isinstance(theirs, EncoderDecoderCache):
+        if isinstance(theirs, compat.EncoderDecoderCache):
             theirs.self_attention_cache = cache  # cross-attention is filled once and stays
         else:
             slot = next(key for key, value in model_kwargs.items() if value is theirs)
@@ -120,6 +211,11 @@ def _cache_in(model_kwargs: dict) -> Any:
     """The cache among a model's arguments, whatever its name, None without one."""
     given = (model_kwargs.get(key) for key in compat.CACHE_ARGUMENTS)
     return next((x for x in given if x is not None), None)
+
+
+def _decoder_cache(cache: Any) -> Any:
+    """The decoder's own, where the cache is that of an encoder and decoder."""
+    return cache.self_attention_cache if isinstance(cache, compat.EncoderDecoderCache) else cache
 
 
 def _without_ours(config: GenerationConfig, static: bool) -> GenerationConfig:

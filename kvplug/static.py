@@ -118,17 +118,21 @@ class StaticCodedLayer(StaticLayer):
     A compiled step encodes the oldest block of the tail each time and writes it to its place when
     it is due, to the spare block when it is not: no branch, so one graph. It decodes one layer at a
     time, fused by the compiler. Eager steps encode only what is due and return views, as `Layer`
-    does.
+    does. While the past is recorded steps are eager: how much waits for `crop` has no fixed shape.
     """
-
-    # `crop` works, but blocks that the rolled-back tokens filled stay encoded: that leaves a trace
-    is_croppable = False
 
     def __init__(self, strategy: Strategy, stats: Stats) -> None:
         # not super().__init__: it would assign keys and values, which are decoded on demand here
         self.strategy, self.stats, self.max_cache_len = strategy, stats, strategy.layout.limit
         self.cumulative_length = torch.tensor(0)
-        self.is_initialized = False
+        self.is_initialized = self.record_past = False
+        # keys and values that the tail has no room for while the past is recorded
+        self.waiting: list[Tensor] | None = None
+
+    @property
+    def is_compileable(self) -> bool:
+        """Not while the past is recorded."""
+        return not self.record_past
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Reserve the room; key_states [B, H, S, Dk], value_states [B, H, S, Dv]."""
@@ -167,8 +171,21 @@ class StaticCodedLayer(StaticLayer):
             self._stored(self._rest()).dense()[1] if self.is_initialized and self.held() else None
         )
 
+    def activate_past_recording(self) -> None:
+        """From now on encode nothing until `crop`, so that a rollback leaves no trace."""
+        self.record_past = True
+
+    def deactivate_past_recording(self) -> None:
+        """Encode again, beginning with what recording has held back."""
+        self.record_past = False
+        if self.is_initialized:
+            self._settle(self._rest())
+
     def crop(self, tokens_to_remove: int) -> None:
-        """Forget the newest `-tokens_to_remove` tokens; a block that is cut returns as stored."""
+        """Forget the newest `-tokens_to_remove` tokens; encode what recording has held back.
+
+        A block that is cut returns to the tail as it was stored.
+        """
         seen = self.held() - removed(tokens_to_remove, self.held())
         if not self.is_initialized:
             return
@@ -182,10 +199,12 @@ class StaticCodedLayer(StaticLayer):
                 tail[:, :, :block] = x.flatten(2, 3)
             self.block_count.fill_(n)
         self.cumulative_length.fill_(seen)
+        self._settle(self._rest())
 
     def reset(self) -> None:
         """Forget all tokens; the room stays, at the address a compiled graph knows."""
         super().reset()
+        self.record_past, self.waiting = False, None
         if self.is_initialized:
             self.block_count.zero_()
 
@@ -193,12 +212,17 @@ class StaticCodedLayer(StaticLayer):
         if self.is_initialized:
             self.blocks = {name: _rebatch(x, change) for name, x in self.blocks.items()}
             self.tail = [_rebatch(x, change) for x in self.tail]
+            if self.waiting is not None:
+                self.waiting = [change(x) for x in self.waiting]
             self.batch_size = self.tail[0].shape[0]
 
     def _rest(self) -> list[Tensor]:
-        """Keys and values of the tail in use."""
+        """Keys and values that are not encoded."""
         n = self.held() - int(self.block_count) * self.strategy.codec.block
-        return [x[:, :, :n] for x in self.tail]
+        rows = self.tail
+        if self.waiting is not None:
+            rows = [torch.cat(pair, dim=2) for pair in zip(rows, self.waiting, strict=True)]
+        return [x[:, :, :n] for x in rows]
 
     def _stored(self, tail: list[Tensor], empty: int = 0) -> Stored:
         blocks = {name: x[:, :, : int(self.block_count)] for name, x in self.blocks.items()}
@@ -206,11 +230,37 @@ class StaticCodedLayer(StaticLayer):
 
     def _append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         if torch.compiler.is_compiling():
-            return self._compiled_step(keys, values)
-        S, codec = keys.shape[2], self.strategy.codec
+            one = keys.shape[2] == 1 and not self.record_past
+            step = self._compiled_step if one else self._step_between_graphs
+            return step(keys, values)
+        stored = self._add(keys, values)
+        if not (stored.blocks and stored.block_count) and not stored.empty:
+            return stored.tail
+        kernel = self.strategy.kernel.resolve(stored.codec, self.device, self.dtype)
+        return views(stored, kernel, self.stats)
+
+    @torch.compiler.disable
+    def _step_between_graphs(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """A step of several tokens, or one that records the past, in a compiled model."""
+        return self._add(keys, values).dense()
+
+    def _add(self, keys: Tensor, values: Tensor) -> Stored:
+        """Take new tokens; return what they attend to."""
         rows = [torch.cat(pair, dim=2) for pair in zip(self._rest(), (keys, values), strict=True)]
-        self.cumulative_length.add_(S)
-        stored = self._stored(rows, empty=self.max_cache_len - self.held() if S == 1 else 0)
+        self.cumulative_length.add_(keys.shape[2])
+        empty = self.max_cache_len - self.held() if keys.shape[2] == 1 else 0
+        stored = self._stored(rows, empty)
+        if self.record_past:
+            R = self.tail[0].shape[2]
+            self._fill_tail([x[:, :, :R] for x in rows])
+            self.waiting = [x[:, :, R:] for x in rows]
+        else:
+            self._settle(rows)
+        return stored
+
+    def _settle(self, rows: list[Tensor]) -> None:
+        """Encode the blocks of `rows`, what is not encoded, that are due; the tail has the rest."""
+        codec = self.strategy.codec
         n = max(0, (rows[0].shape[2] - codec.tail) // codec.block)  # blocks that are due
         if n:
             due = codec.encode(
@@ -220,13 +270,13 @@ class StaticCodedLayer(StaticLayer):
                 self.blocks[name][:, :, int(self.block_count) : int(self.block_count) + n] = x
             self.block_count.add_(n)
             self.stats.blocks_encoded += n
+            rows = [x[:, :, n * codec.block :].clone() for x in rows]  # may be rows of the tail
+        self._fill_tail(rows)
+        self.waiting = None
+
+    def _fill_tail(self, rows: list[Tensor]) -> None:
         for tail, x in zip(self.tail, rows, strict=True):
-            rest = x[:, :, n * codec.block :]
-            tail[:, :, : rest.shape[2]] = rest
-        if not (stored.blocks and stored.block_count) and not stored.empty:
-            return rows[0], rows[1]
-        kernel = self.strategy.kernel.resolve(codec, self.device, self.dtype)
-        return views(stored, kernel, self.stats)
+            tail[:, :, : x.shape[2]] = x
 
     def _compiled_step(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         codec, R = self.strategy.codec, self.tail[0].shape[2]

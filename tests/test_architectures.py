@@ -1,5 +1,7 @@
 """Tiny random models of many kinds: equal tokens where nothing is lost, layers as promised."""
 
+from importlib import import_module
+
 import pytest
 import torch
 import transformers
@@ -269,3 +271,30 @@ def test_whisper():
         )
         assert torch.equal(ours.sequences, plain)
         assert isinstance(output_cache(ours).self_attention_cache, kvplug.Cache)
+
+
+def test_a_layer_of_an_unknown_kind_is_an_error(monkeypatch):
+    """What a later transformers, or a model's own code, may bring beside the layers we know."""
+
+    class NewLayer(DynamicLayer):
+        pass
+
+    known = transformers.DynamicCache.__init__
+
+    def init(self, *args, **kwargs):
+        known(self, *args, **kwargs)
+        self.layers[1:2] = [NewLayer()]
+
+    config = transformers.LlamaConfig(num_hidden_layers=3)
+    monkeypatch.setattr(transformers.DynamicCache, "__init__", init)
+    with pytest.raises(kvplug.SpecError, match=r"int8: LlamaConfig.*does not know: NewLayer"):
+        kvplug.build("int8", config)
+
+
+def test_a_real_layer_of_its_own_kind():
+    """DeepSeek-V4 keeps compressed keys beside a window."""
+    if not hasattr(transformers, "DeepseekV4Config"):
+        pytest.skip("this transformers has no DeepSeek-V4")
+    import_module("transformers.models.deepseek_v4.modeling_deepseek_v4")  # makes them known
+    with pytest.raises(kvplug.SpecError, match=r"DeepseekV4Config.*does not know: DeepseekV4"):
+        kvplug.build("int8", transformers.DeepseekV4Config(num_hidden_layers=4))

@@ -2,17 +2,21 @@
 
 import copy
 import functools
+import inspect
 import subprocess
 import sys
 import threading
+import warnings
 
 import pytest
 import torch
 import transformers
 from transformers import DynamicCache, GenerationConfig, StaticCache
+from transformers.generation.candidate_generator import AssistedCandidateGenerator
 from transformers.generation.utils import GenerationMixin
 
 import kvplug
+from kvplug import compat
 from kvplug.compat import cache_argument, output_cache
 from kvplug.testing import tiny_llama
 from kvplug.testing.tools import prompt, random_model
@@ -152,16 +156,18 @@ def test_unregister_restores_the_very_attributes():
     code = (
         "from transformers import GenerationConfig as C\n"
         "from transformers.generation.utils import GenerationMixin as M\n"
-        "before = C.__dict__['validate'], M.__dict__['_prepare_cache_for_generation']\n"
+        "methods = ((C, 'validate'), (M, '_prepare_generation_config'),\n"
+        "           (M, '_prepare_cache_for_generation'))\n"
+        "look = lambda: [c.__dict__[name] for c, name in methods]\n"
+        "before = look()\n"
         "names = set(C.__dict__), set(M.__dict__)\n"
         "import kvplug\n"
-        "during = C.__dict__['validate'], M.__dict__['_prepare_cache_for_generation']\n"
-        "assert during[0] is not before[0] and during[1] is not before[1]\n"
+        "during = look()\n"
+        "assert not any(a is b for a, b in zip(before, during))\n"
         "kvplug.register(); kvplug.register()\n"
-        "assert C.__dict__['validate'] is during[0]\n"
+        "assert all(a is b for a, b in zip(look(), during))\n"
         "kvplug.unregister(); kvplug.unregister()\n"
-        "after = C.__dict__['validate'], M.__dict__['_prepare_cache_for_generation']\n"
-        "assert after[0] is before[0] and after[1] is before[1]\n"
+        "assert all(a is b for a, b in zip(look(), before))\n"
         "assert names == (set(C.__dict__), set(M.__dict__))\n"
         "import importlib; importlib.reload(kvplug); kvplug.unregister()\n"
         "assert C.__dict__['validate'] is before[0]\n"
@@ -187,7 +193,8 @@ def test_nothing_else_in_transformers_is_touched():
         "changed = [(c.__name__, k) for c, b in classes.items() for k, v in vars(c).items()\n"
         "           if b.get(k, None) is not v and not k.startswith('__') and '_abc' not in k]\n"
         "assert sorted(changed) == [('GenerationConfig', 'validate'),\n"
-        "    ('GenerationMixin', '_prepare_cache_for_generation')], changed\n"
+        "    ('GenerationMixin', '_prepare_cache_for_generation'),\n"
+        "    ('GenerationMixin', '_prepare_generation_config')], changed\n"
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert out.returncode == 0, out.stderr[-2000:]
@@ -207,11 +214,143 @@ def test_after_unregister_our_names_are_unknown(model, ids):
 
 
 def test_wrapped_methods_keep_their_signature():
-    for method in (GenerationConfig.validate, GenerationMixin._prepare_cache_for_generation):
+    for method in (
+        GenerationConfig.validate,
+        GenerationMixin._prepare_generation_config,
+        GenerationMixin._prepare_cache_for_generation,
+    ):
         assert method.__wrapped__
         assert functools.WRAPPER_ASSIGNMENTS[0]
         assert method.__doc__ == method.__wrapped__.__doc__
         assert method.__name__ == method.__wrapped__.__name__
+
+
+# ---------------------------------------------------------------------------- hosts we do not know
+
+
+def without_prepare(patch):
+    patch.delattr(GenerationMixin, "_prepare_cache_for_generation")
+
+
+def other_parameters(patch):
+    def prepare(self, config, inputs):
+        """As a later version may have it."""
+
+    patch.setattr(GenerationMixin, "_prepare_cache_for_generation", prepare)
+
+
+def other_outputs(patch):
+    patch.delattr(transformers.generation.utils, "GenerateDecoderOnlyOutput")
+
+
+def other_fields(patch):
+    init = GenerationConfig.__init__
+
+    def without(self, **kwargs):
+        init(self, **kwargs)
+        del self.is_assistant
+
+    patch.setattr(GenerationConfig, "__init__", without)
+
+
+@pytest.mark.parametrize(
+    ("change", "missing"),
+    [
+        (without_prepare, "no GenerationMixin._prepare_cache_for_generation"),
+        (other_parameters, "no argument 'generation_config' of GenerationMixin._prepare_cache"),
+        (other_outputs, "no the cache in GenerateDecoderOnlyOutput"),
+        (other_fields, "no GenerationConfig.is_assistant"),
+    ],
+)
+def test_a_host_without_what_names_need(change, missing, model, ids, monkeypatch):
+    kvplug.unregister()
+    before = dict(vars(GenerationMixin))
+    try:
+        with monkeypatch.context() as patch:
+            change(patch)
+            kvplug.register()
+            for call in (
+                lambda: model.generate(ids, cache_implementation="int4", **GREEDY),
+                lambda: model.generate(ids, GenerationConfig(cache_implementation="kvplug:static")),
+            ):
+                with pytest.raises(kvplug.UnknownHost) as e:
+                    call()
+                for part in (missing, "5.17.0, 5.23.0, 5.24.0", "pip install", "kvplug.build("):
+                    assert part in str(e.value)
+            with torch.no_grad():
+                logits = model(ids, **cache_argument(kvplug.build("growing", model.config))).logits
+                assert torch.equal(logits, model(ids).logits)
+            kvplug.unregister()
+    finally:
+        kvplug.unregister()
+        assert dict(vars(GenerationMixin)) == before
+        kvplug.register()
+    assert model.generate(ids, cache_implementation="int4", **GREEDY).shape == (1, 33)
+
+
+def test_import_and_objects_where_every_private_name_is_gone():
+    code = (
+        "import torch, transformers\n"
+        "from transformers.generation import configuration_utils, utils\n"
+        "del configuration_utils.ALL_CACHE_IMPLEMENTATIONS\n"
+        "del utils.GenerateDecoderOnlyOutput\n"
+        "for name in ('_prepare_cache_for_generation', '_prepare_generation_config'):\n"
+        "    delattr(utils.GenerationMixin, name)\n"
+        "del transformers.GenerationConfig.validate\n"
+        "transformers.GenerationConfig.validate = lambda self, **_: None\n"
+        "import kvplug\n"
+        "from kvplug.testing import tiny_llama\n"
+        "from kvplug.testing.tools import prompt\n"
+        "model, ids = tiny_llama(), prompt(9)\n"
+        "with torch.no_grad():\n"
+        "    expected = model(ids).logits\n"
+        "    for name in ('past_key_values', 'cache'):\n"
+        "        cache = kvplug.build('growing', model.config)\n"
+        "        model(ids, **{name: cache})\n"
+        "        if cache.get_seq_length():\n"
+        "            break\n"
+        "assert cache.get_seq_length() == 9\n"
+        "config = transformers.GenerationConfig\n"
+        "for call in (lambda: model.generate(ids, cache_implementation='int4'),\n"
+        "             lambda: config(cache_implementation='int4').validate()):\n"
+        "    try:\n"
+        "        call()\n"
+        "    except kvplug.UnknownHost as e:\n"
+        "        assert 'ALL_CACHE_IMPLEMENTATIONS' in str(e) and '5.24.0' in str(e)\n"
+        "    else:\n"
+        "        raise AssertionError('accepted')\n"
+        "config(cache_implementation='static').validate()\n"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert out.returncode == 0, out.stderr[-2000:]
+
+
+def test_the_host_that_is_installed_is_known():
+    assert compat.problems() == []
+    assert (
+        compat.CACHE_ARGUMENT in inspect.signature(transformers.LlamaForCausalLM.forward).parameters
+    )
+    made = transformers.DynamicCache(config=tiny_llama().config).layers
+    assert type(made[0]) is compat.DynamicLayer
+
+
+@pytest.mark.parametrize("name", ["past_key_values", "cache"])
+def test_padding_is_told_whatever_the_argument_is_called(model, name):
+    """The first tokens that sinks pin are those of the text, not of the padding before it."""
+    if name == "cache" != compat.CACHE_ARGUMENT:
+        pytest.skip("this transformers has no such argument")
+    spec = "sinks(sinks=2, window=6)"
+    ids = torch.cat((torch.zeros(1, 7, dtype=torch.long), prompt(15)), dim=1)
+    mask = (torch.arange(22) >= 7).long()[None]
+    expected = model.generate(ids, attention_mask=mask, cache_implementation=spec, **GREEDY)
+    cache = kvplug.build(spec, model.config)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # of transformers, for the older name
+        out = model.generate(ids, attention_mask=mask, **{name: cache}, **GREEDY)
+    assert cache.layers[0].padding.tolist() == [7]
+    assert torch.equal(out, expected)
+    unpadded = model.generate(ids[:, 7:], cache_implementation=spec, **GREEDY)
+    assert torch.equal(out[:, 7:], unpadded)
 
 
 # --------------------------------------------------------------------------------- callers' objects
@@ -359,14 +498,141 @@ def test_models_that_build_their_own_cache_say_so():
     assert model.generate(prompt(5), **GREEDY).shape == (1, 17)
 
 
-def test_assistant_takes_the_strategy_too(model, ids):
-    """The assistant inherits the target's config; its later rounds bring their own cache."""
+class OwnCache(transformers.LlamaForCausalLM):
+    """Prepares its cache itself, as Parakeet's and VibeVoice's classes do."""
+
+    def _prepare_cache_for_generation(self, config, kwargs, *_):
+        if config.use_cache is not False:
+            kwargs.update(cache_argument(DynamicCache(config=self.config)))
+
+
+class CallsOn(transformers.LlamaForCausalLM):
+    def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
+        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+
+
+class Inherits(OwnCache):
+    """Overridden twice: what counts is where it ends."""
+
+    def _prepare_cache_for_generation(self, *args, **kwargs):
+        super()._prepare_cache_for_generation(*args, **kwargs)
+
+
+@pytest.mark.parametrize("kind", [OwnCache, Inherits])
+def test_a_model_that_does_not_take_our_cache_is_an_error(kind, model, ids, monkeypatch):
+    theirs = kind(model.config).eval()
+    theirs.load_state_dict(model.state_dict())
+    plain = model.generate(ids, **GREEDY)
+    before = vars(kind)["_prepare_cache_for_generation"]
+    assert torch.equal(theirs.generate(ids, **GREEDY), plain)
+    assert vars(kind)["_prepare_cache_for_generation"] is before, "watched only when it matters"
+    with monkeypatch.context() as patch:
+        patch.setattr(theirs, "forward", lambda *_, **__: pytest.fail("the model ran"))
+        for _ in range(2):
+            with pytest.raises(kvplug.SpecError, match=rf"{kind.__name__}.*own kind.*'int4'"):
+                theirs.generate(ids, cache_implementation="int4", **GREEDY)
+    assert torch.equal(theirs.generate(ids, **GREEDY), plain)
+    without = theirs.generate(ids, cache_implementation="int4", use_cache=False, **GREEDY)
+    assert torch.equal(without, plain)
+    kvplug.unregister()
+    try:
+        assert vars(kind)["_prepare_cache_for_generation"] is before
+    finally:
+        kvplug.register()
+
+
+def test_a_model_that_prepares_more_and_calls_on(model, ids):
+    theirs = CallsOn(model.config).eval()
+    theirs.load_state_dict(model.state_dict())
+    for _ in range(2):
+        out = theirs.generate(
+            ids, cache_implementation="growing", return_dict_in_generate=True, **GREEDY
+        )
+        assert isinstance(output_cache(out), kvplug.Cache)
+        assert torch.equal(out.sequences, model.generate(ids, **GREEDY))
+
+
+def test_a_real_model_with_a_cache_of_its_own_kind():
+    """Parakeet's transducer: transformers encodes the audio first, no token is decoded."""
+    config = transformers.ParakeetRNNTConfig(
+        vocab_size=33,
+        blank_token_id=32,
+        decoder_hidden_size=16,
+        encoder_config={
+            "hidden_size": 16,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+            "intermediate_size": 16,
+            "subsampling_conv_channels": 8,
+            "num_mel_bins": 16,
+        },
+    )
+    model = transformers.ParakeetForRNNT(config).eval()
+    model.generation_config.decoder_start_token_id = 32
+    with pytest.raises(kvplug.SpecError, match=r"ParakeetForRNNT.*own kind.*'int4'"):
+        model.generate(
+            input_features=torch.randn(1, 64, 16), cache_implementation="int4", max_new_tokens=4
+        )
+
+
+def inherits_the_targets_name():
+    """Whether transformers gives an assistant the target's `cache_implementation`: up to 5.23."""
+    target = GenerationConfig(cache_implementation="int8")
+    target.eos_token_id = None
+    made = AssistedCandidateGenerator(prompt(3), tiny_llama(), target, {})
+    return made.generation_config.cache_implementation is not None
+
+
+@pytest.mark.parametrize("spec", ["growing", "kvplug:static", "exact(block=8)+host"])
+def test_what_an_assistant_caches_with(model, ids, spec):
+    """The target's strategy or, on newer hosts, transformers' own; or what its own config says."""
     assistant = tiny_llama(num_hidden_layers=1)
+    caches = {}
+    for name, x in (("target", model), ("assistant", assistant)):
+        x.register_forward_hook(
+            lambda module, given, out, name=name: caches.setdefault(name, []).append(
+                output_cache(out)
+            )
+        )
     plain = model.generate(ids, assistant_model=assistant, **GREEDY)
+    assert {type(x) for x in caches["target"] + caches["assistant"]} == {DynamicCache}
     assert torch.equal(plain, model.generate(ids, **GREEDY))
-    for spec in ("growing", "kvplug:static", "exact(block=8)+host"):
-        ours = model.generate(ids, assistant_model=assistant, cache_implementation=spec, **GREEDY)
-        assert torch.equal(ours, plain)
+
+    caches.clear()
+    ours = model.generate(ids, assistant_model=assistant, cache_implementation=spec, **GREEDY)
+    assert torch.equal(ours, plain)
+    assert {type(x) for x in caches["target"]} == {kvplug.Cache}
+    expected = kvplug.Cache if inherits_the_targets_name() else DynamicCache
+    assert {type(x) for x in caches["assistant"]} == {expected}
+
+    caches.clear()
+    assistant.generation_config.cache_implementation = "int8(block=8)"
+    ours = model.generate(ids, assistant_model=assistant, **GREEDY)
+    assert torch.equal(ours, plain)
+    assert {type(x) for x in caches["target"]} == {DynamicCache}
+    assert {x.strategy.codec.name for x in caches["assistant"]} == {"int8"}
+
+
+@pytest.mark.parametrize("spec", ["static+int8(block=8)", "static+int4(block=8, tail=8)"])
+def test_static_codes_wait_for_the_verification(model, spec):
+    """What is guessed is encoded once it is accepted, as layers that grow do: the same tokens."""
+    ids = prompt(8).repeat(1, 4)
+    growing = spec.removeprefix("static+")
+    for guesses in ({"prompt_lookup_num_tokens": 10}, {"assistant_model": tiny_llama()}):
+        expected, out = (
+            model.generate(
+                ids,
+                cache_implementation=f"{name}+reference",
+                return_dict_in_generate=True,
+                **(GREEDY | {"max_new_tokens": 40}),
+                **guesses,
+            )
+            for name in (growing, spec)
+        )
+        assert torch.equal(out.sequences, expected.sequences)
+        assert output_cache(out).strategy.layout.name == "static"
+        a, b = (output_cache(x).stats()["blocks_encoded"] for x in (expected, out))
+        assert a == b > 0
 
 
 def test_prompt_lookup_may_guess_beyond_the_last_token(model):

@@ -10,7 +10,7 @@ from transformers import DynamicCache
 import kvplug
 from kvplug.compat import cache_argument, output_cache
 from kvplug.testing import tiny_llama
-from kvplug.testing.tools import assert_close, prompt
+from kvplug.testing.tools import assert_close, dense, normal, prompt
 
 # `reference`: another kernel's rounding may tip a code of a later layer over
 SPECS = ["static", "static+int8(block=8)+reference", "static+int4(block=8, tail=8)+reference"]
@@ -211,3 +211,70 @@ def test_generate_reserves_what_it_needs():
         return_dict_in_generate=True,
     )
     assert output_cache(out).get_max_length() == 50
+
+
+@pytest.mark.parametrize("spec", ["static+int8(block=8)", "static+int4(block=8, tail=8)"])
+def test_a_rollback_of_recorded_tokens_leaves_no_trace(spec):
+    """Bytes and numbers are those of a layer that never saw the guesses."""
+    config = tiny_llama().config
+    plain, guessing = (kvplug.build(spec, config, max_cache_len=90).layers[0] for _ in range(2))
+
+    def same():
+        assert plain.held() == guessing.held()
+        assert int(plain.block_count) == int(guessing.block_count)
+        assert torch.equal(plain.keys, guessing.keys)
+        assert torch.equal(plain.values, guessing.values)
+
+    def tokens(n, seed):
+        return normal(2, 2, n, 16, seed=seed), normal(2, 2, n, 16, seed=-seed)
+
+    for layer in (plain, guessing):
+        layer.update(*tokens(21, 1))
+    guessing.activate_past_recording()
+    assert guessing.is_croppable
+    assert not guessing.is_compileable
+    for seed, (guesses, wrong) in enumerate([(20, 19), (5, 5), (9, 0), (1, 1), (3, 1)], 2):
+        encoded, new = int(guessing.block_count), tokens(guesses, seed)
+        seen = guessing.held()
+        keys, values = (dense(x) for x in guessing.update(*new))
+        assert torch.equal(keys[:, :, seen : seen + guesses], new[0])
+        assert torch.equal(values[:, :, seen : seen + guesses], new[1])
+        assert int(guessing.block_count) == encoded
+        if guesses == 5:
+            for layer in (plain, guessing):
+                layer.reorder_cache(torch.tensor([1, 0]))
+        guessing.crop(-wrong)
+        if guesses > wrong:
+            plain.update(*(x[:, :, : guesses - wrong] for x in new))
+        same()
+    for layer in (plain, guessing):
+        layer.update(*tokens(20, 9))
+    guessing.deactivate_past_recording()
+    assert guessing.is_compileable
+    same()
+    guessing.activate_past_recording()
+    guessing.update(*tokens(20, 10))
+    guessing.reset()
+    assert guessing.is_compileable
+    for layer in (plain, guessing):
+        if layer is plain:
+            layer.reset()
+        layer.update(*tokens(30, 11))
+    same()
+
+
+def test_a_compiled_model_may_take_several_tokens_and_record():
+    """Steps of other shapes than a decode step run between graphs."""
+    model = tiny_llama(num_hidden_layers=1)
+    spec = "static+int8(block=8)+reference"
+    ours, eager = (kvplug.build(spec, model.config, max_cache_len=64) for _ in range(2))
+    with torch._dynamo.config.patch(error_on_recompile=False), torch.no_grad():
+        compiled = torch.compile(model, backend="eager")
+        for S, record in ((21, False), (1, False), (3, True), (1, True)):
+            for cache, run in ((ours, compiled), (eager, model)):
+                if record:
+                    cache.activate_past_recording()
+                cache.logits = run(prompt(S, seed=S), **cache_argument(cache)).logits
+                if record:
+                    cache.crop(-S // 2)
+            assert_close(ours.logits, eager.logits)

@@ -190,7 +190,7 @@ class Machine:
             return
         first = oracle.first_visible()
         length, offset = layer.get_mask_sizes(S)
-        before = int(layer.get_seq_length())
+        before, encoded = int(layer.get_seq_length()), encoded_columns(layer)[1]
         got = layer.update(keys.clone(), values.clone())
         assert before == oracle.seen
         oracle.update(keys, values)
@@ -206,7 +206,9 @@ class Machine:
             assert same(plain[:, :, -S:].contiguous(), exact[:, :, -S:]), "this call's own tokens"
         oracle.follow(layer)
         codec = self.strategy.codec
-        if isinstance(layer, (Layer, StaticCodedLayer)) and not self.recording:
+        if isinstance(layer, (Layer, StaticCodedLayer)) and self.recording:
+            assert encoded_columns(layer)[1] == encoded, "nothing is encoded before `crop`"
+        elif isinstance(layer, (Layer, StaticCodedLayer)):
             begin, end, _ = encoded_columns(layer)
             if getattr(layer, "blocked", True):
                 assert oracle.seen - max(end, begin) <= codec.tail + codec.block - 1
@@ -263,6 +265,7 @@ class Machine:
 
     def reset(self, _: int) -> None:
         self.layer.reset()
+        self.recording = getattr(self.layer, "record_past", False)
         # as many rows next time: a static layer keeps its room, and with it the batch
         padding = torch.zeros_like(self.oracle.padding)
         self.oracle = Oracle(self.strategy.retention, padding)
