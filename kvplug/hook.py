@@ -5,6 +5,9 @@ Three methods are wrapped. `GenerationConfig.validate` accepts our names;
 ours in the place of the decoder's; `_prepare_generation_config`, the first that knows model and
 name, sees to it that a model which prepares its cache by code of its own is watched. Calls that
 name no strategy of ours go through unchanged.
+
+The assistant of assisted decoding caches by the name that transformers gives it: up to 5.23 the
+target's, from 5.24 on what its own `generation_config.cache_implementation` says.
 """
 
 from __future__ import annotations
