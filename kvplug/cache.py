@@ -2,23 +2,36 @@
 
 from __future__ import annotations
 
+import copy
+from multiprocessing.reduction import ForkingPickler
 from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
 
+from . import bias, compat
+from .combined import (
+    CombinedLayer,
+    CombinedStaticCodedLayer,
+    CombinedStaticLayer,
+    CombinedStaticSlidingLayer,
+)
 from .compat import (
     KNOWN_LAYERS,
     THEIR_NAMES,
     CacheLayerMixin,
     DynamicLayer,
     DynamicSlidingWindowLayer,
-    StaticLayer,
+    LinearAttentionAndFullAttentionLayer,
+    LinearAttentionAndSlidingWindowAttentionLayer,
+    LinearAttentionLayer,
 )
-from .errors import SpecError
+from .errors import CacheOverflow, SpecError
+from .kernels.reference import Reference
 from .layer import Layer
 from .retention.window import Window
 from .rope import Rotation
+from .sliding import StaticSlidingLayer
 from .spec import PREFIX, Strategy, parse
 from .static import StaticCodedLayer
 from .static import StaticLayer as OurStaticLayer
@@ -29,12 +42,20 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
 
+# transformers' layers of plain attention, with and without a linear-attention state beside it
+FULL = (DynamicLayer, LinearAttentionAndFullAttentionLayer)
+SLIDING = (DynamicSlidingWindowLayer, LinearAttentionAndSlidingWindowAttentionLayer)
+
+
 class Cache(transformers.Cache):
     """A cache built from a strategy: all that transformers' `Cache` does, and what it holds."""
 
-    def __init__(self, layers: list, strategy: Strategy, stats: Stats) -> None:
+    def __init__(
+        self, layers: list, strategy: Strategy, stats: Stats, unpadded_only: str | None = None
+    ) -> None:
         super().__init__(layers=layers)
         self.strategy, self._stats = strategy, stats
+        self._unpadded_only = unpadded_only  # why no batch with padding can be served
 
     def nbytes(self) -> int:
         """Bytes of all tensors reachable from here, shared storage once, reserved room included."""
@@ -45,7 +66,7 @@ class Cache(transformers.Cache):
         layer = self.layers[layer_idx]
         return (
             layer.held()
-            if isinstance(layer, (Layer, OurStaticLayer))
+            if isinstance(layer, (Layer, OurStaticLayer, StaticSlidingLayer))
             else int(layer.get_seq_length())
         )
 
@@ -58,13 +79,30 @@ class Cache(transformers.Cache):
 
         `generate` does this. In a loop of your own, do it before the first forward pass where
         retention pins or picks tokens; others do not need it.
+
+        Raises SpecError where the model cannot have padding with this strategy.
         """
         if attention_mask is None or attention_mask.dim() != 2:
             return
+        if self._unpadded_only and not attention_mask.all():
+            raise SpecError(self._unpadded_only)
         padding = (attention_mask.long().cumsum(-1) == 0).sum(-1)  # [B]
         for layer in self.layers:
             if isinstance(layer, Layer):
                 layer.set_padding(padding)
+
+    def check_room(self, tokens: int) -> None:
+        """Raise CacheOverflow where a call that may reach `tokens` in all would find no room.
+
+        `generate` does this before the model runs.
+        """
+        limit = self.strategy.layout.limit
+        if limit is not None and tokens > limit:
+            raise CacheOverflow(
+                f"static cache of max_cache_len={limit} holds {int(self.get_seq_length())} tokens "
+                f"and cannot take the {tokens} that this call may reach; build it with "
+                f"max_cache_len >= {tokens}, or ask for fewer new tokens"
+            )
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
@@ -97,9 +135,10 @@ def build(
         max_cache_len: tokens that a static layout reserves; ignored by others.
         cache_config: more arguments of the strategy by name, e.g. `{"group": 32, "tail": 128}`.
 
-    Layers of sliding-window attention keep the model's window and take codec and placement.
-    Linear-attention, conv, indexed and dummy layers are transformers' own. Under a compilable
-    static layout sliding layers are transformers' static ones.
+    Layers of sliding-window attention keep the model's window and take codec and placement; under
+    a compilable static layout they stay in full precision. Where a layer holds attention and a
+    linear-attention state, the attention is served. Linear-attention, conv, indexed and dummy
+    layers are transformers' own.
 
     Raises:
         SpecError: the strategy cannot be read or built, or not for this model.
@@ -114,23 +153,42 @@ def build(
         strategy = strategy.replace(layout=type(strategy.layout)(max_cache_len=max_cache_len))
     stats, place = Stats(), strategy.placement.open()
     text = config.get_text_config(decoder=True)
+    never, unpadded_only = bias.refusals(text, strategy)
+    if never:
+        raise SpecError(never)
+    if compat.reads_dense_only(config):
+        strategy = _for_dense_reads(strategy)
     rotation = Rotation.of(text) if strategy.retention.first else None
-    if strategy.layout.is_compileable(strategy):
-        theirs = transformers.StaticCache(config=config, max_cache_len=strategy.layout.limit).layers
-        ours = OurStaticLayer if strategy.codec.name == "exact" else StaticCodedLayer
-        layers = [ours(strategy, stats) if type(x) is StaticLayer else x for x in theirs]
-    else:
-        theirs = transformers.DynamicCache(config=config).layers
-        layers = [_layer(x, strategy, place, stats, rotation) for x in theirs]
+    theirs = transformers.DynamicCache(config=config).layers
     _check_known(theirs, strategy, config)
-    # transformers' static windows are all that an exact static cache of a sliding model needs
-    served = (Layer, StaticLayer if strategy.codec.name == "exact" else OurStaticLayer)
+    if strategy.layout.is_compileable(strategy):
+        stay = transformers.StaticCache(config=config, max_cache_len=strategy.layout.limit).layers
+        layers = [_static_layer(x, strategy, stats) or y for x, y in zip(theirs, stay, strict=True)]
+        # windows stay in full precision: a codec does not serve a model of nothing else
+        served = (
+            StaticCodedLayer
+            if strategy.codec.name != "exact"
+            else (OurStaticLayer, StaticSlidingLayer)
+        )
+    else:
+        layers = [_layer(x, strategy, place, stats, rotation) or x for x in theirs]
+        served = Layer
     if not any(isinstance(layer, served) for layer in layers):
-        kinds = ", ".join(sorted({type(layer).__name__ for layer in layers})) or "none"
+        kinds = ", ".join(sorted({type(layer).__name__ for layer in theirs})) or "none"
         raise SpecError(
             f"{strategy}: {type(config).__name__} has no attention layer it could serve: {kinds}"
         )
-    return Cache(layers, strategy, stats)
+    return Cache(layers, strategy, stats, unpadded_only)
+
+
+def _for_dense_reads(strategy: Strategy) -> Strategy:
+    """A strategy whose layers return tensors and no views; SpecError where none can."""
+    if strategy.codec.name != "exact" or strategy.placement.name != "device":
+        raise SpecError(
+            f"{strategy}: attn_implementation='flex_attention' compiles attention, which reads "
+            "dense tensors only; choose 'sdpa', or a strategy with exact+device"
+        )
+    return strategy.replace(kernel=Reference())
 
 
 def _check_known(theirs: list, strategy: Strategy, config: PreTrainedConfig) -> None:
@@ -146,14 +204,36 @@ def _check_known(theirs: list, strategy: Strategy, config: PreTrainedConfig) -> 
 
 def _layer(
     theirs: Any, strategy: Strategy, place: Any, stats: Stats, rotation: Rotation | None
-) -> Any:
-    """Our layer in the place of transformers'; where that is not plain attention, it stays."""
-    if type(theirs) is DynamicLayer:
-        return Layer(strategy, place, stats, rotation)
-    if type(theirs) is DynamicSlidingWindowLayer:
+) -> Layer | None:
+    """Our layer in the place of transformers'; None where that has no plain attention."""
+    kind, state = _with_state(theirs, Layer, CombinedLayer)
+    if type(theirs) in FULL:
+        return kind(strategy, place, stats, rotation, **state)
+    if type(theirs) in SLIDING:
         window = strategy.replace(retention=Window(length=theirs.sliding_window))
-        return Layer(window, place, stats, is_sliding=True)
-    return theirs
+        return kind(window, place, stats, is_sliding=True, **state)
+    return None
+
+
+def _static_layer(theirs: Any, strategy: Strategy, stats: Stats) -> Any:
+    """The like of `_layer` under a compilable static layout; `theirs` are of a dynamic cache."""
+    if type(theirs) in FULL:
+        kinds = (OurStaticLayer, CombinedStaticLayer)
+        if strategy.codec.name != "exact":
+            kinds = (StaticCodedLayer, CombinedStaticCodedLayer)
+        kind, state = _with_state(theirs, *kinds)
+        return kind(strategy, stats, **state)
+    if type(theirs) in SLIDING:
+        kind, state = _with_state(theirs, StaticSlidingLayer, CombinedStaticSlidingLayer)
+        return kind(strategy.layout.limit, theirs.sliding_window, **state)
+    return None
+
+
+def _with_state(theirs: Any, plain: type, combined: type) -> tuple[type, dict[str, int]]:
+    """Which of two classes stands for a layer of transformers, and what it wants to know more."""
+    if isinstance(theirs, LinearAttentionLayer):
+        return combined, {"number_of_states": theirs.number_of_states}
+    return plain, {}
 
 
 def is_ours(name: Any) -> bool:
@@ -180,3 +260,21 @@ def _storages(root: object) -> dict[int, int]:
         elif hasattr(x, "__dict__") and not callable(x):
             todo.extend(vars(x).values())
     return found
+
+
+def _reduce(cache: Cache) -> tuple[Any, tuple[dict[str, Any]]]:
+    """What goes to another process is a copy.
+
+    torch shares the memory of tensors it sends, and a cache writes in place: two processes that
+    went on with the same one would overwrite each other's tokens.
+    """
+    return _restore, (vars(copy.deepcopy(cache)),)
+
+
+def _restore(state: dict[str, Any]) -> Cache:
+    cache = Cache.__new__(Cache)
+    vars(cache).update(state)
+    return cache
+
+
+ForkingPickler.register(Cache, _reduce)

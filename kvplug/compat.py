@@ -35,23 +35,23 @@ def layer_class(name: str) -> type:
 CacheLayerMixin = layer_class("CacheLayerMixin")
 DynamicLayer = layer_class("DynamicLayer")
 DynamicSlidingWindowLayer = layer_class("DynamicSlidingWindowLayer")
-StaticLayer = layer_class("StaticLayer")
-EncoderDecoderCache = layer_class("EncoderDecoderCache")
-# layers with keys and values that rightly stay transformers' own: static windows; an index beside
-# the keys; attention beside a state. Layers of another base (a state, dummies) hold no keys.
-LEFT_ALONE = tuple(
-    layer_class(name)
-    for name in (
-        "StaticSlidingWindowLayer",
-        "DynamicIndexedLayer",
-        "StaticIndexedLayer",
-        "LinearAttentionAndFullAttentionLayer",
-        "LinearAttentionAndSlidingWindowAttentionLayer",
-        "LinearAttentionAndStaticFullAttentionLayer",
-        "LinearAttentionAndStaticSlidingWindowAttentionLayer",
-    )
+LinearAttentionLayer = layer_class("LinearAttentionLayer")
+LinearAttentionAndFullAttentionLayer = layer_class("LinearAttentionAndFullAttentionLayer")
+LinearAttentionAndSlidingWindowAttentionLayer = layer_class(
+    "LinearAttentionAndSlidingWindowAttentionLayer"
 )
-KNOWN_LAYERS = (DynamicLayer, DynamicSlidingWindowLayer, StaticLayer, *LEFT_ALONE)
+StaticLayer = layer_class("StaticLayer")
+StaticSlidingWindowLayer = layer_class("StaticSlidingWindowLayer")
+EncoderDecoderCache = layer_class("EncoderDecoderCache")
+# layers of a dynamic cache that hold keys and values. One stays transformers' own: that with an
+# index beside the keys. Layers of another base (a state alone, dummies) hold no keys.
+KNOWN_LAYERS = (
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    LinearAttentionAndFullAttentionLayer,
+    LinearAttentionAndSlidingWindowAttentionLayer,
+    layer_class("DynamicIndexedLayer"),
+)
 
 # the values of `cache_implementation` that are transformers' own, "paged" beside its list
 KNOWN_NAMES = find("generation.configuration_utils", "ALL_CACHE_IMPLEMENTATIONS")
@@ -80,6 +80,11 @@ def cache_argument(cache: Any) -> dict[str, Any]:
 def output_cache(output: Any) -> Any:
     """The cache in what a model or `generate` returned."""
     return getattr(output, CACHE_ARGUMENT)
+
+
+def reads_dense_only(config: Any) -> bool:
+    """Whether attention of this config compiles itself: views cannot be read inside of that."""
+    return getattr(config, "_attn_implementation", None) == "flex_attention"
 
 
 # what is wrapped, and the parameters and fields that are read

@@ -24,6 +24,7 @@ from . import compat
 from .cache import Cache, build, is_ours
 from .errors import KvplugError, SpecError, UnknownHost, UnknownStage
 from .layout.growing import Growing
+from .pair import Pair
 from .spec import parse
 
 _originals: dict[tuple[type, str], Any] = {}
@@ -164,11 +165,20 @@ def _prepare(original: Any) -> Any:
             call.arguments["generation_config"] = config
             return original(*call.args, **call.kwargs)
 
+        # prompt lookup guesses beyond the last token
+        reserve = max_cache_length + (generation_config.prompt_lookup_num_tokens or 0)
+        # `attention_mask` is the encoder's where there is one
+        decoder = "decoder_" if self.config.is_encoder_decoder else ""
+        mask = model_kwargs.get(f"{decoder}attention_mask")
         given = _cache_in(model_kwargs)
         ours = is_ours(generation_config.cache_implementation)
         if not ours or given is not None or generation_config.use_cache is False:
-            if isinstance(given, Cache):
-                given.set_padding(model_kwargs.get("attention_mask"))
+            own = _decoder_cache(given)
+            if isinstance(own, Cache):
+                own.check_room(reserve)
+                own.set_padding(mask)
+                if own is not given:
+                    _put(model_kwargs, given, Pair.of(given, own))
             if ours and generation_config.is_assistant:
                 # an assistant's later rounds bring the cache of the first, and the target's config
                 generation_config = _without_ours(generation_config, static=False)
@@ -183,14 +193,12 @@ def _prepare(original: Any) -> Any:
         if generation_config.is_assistant:
             # one round of an assistant does not know how long the sequence will be
             strategy = strategy.replace(layout=Growing())
-        # prompt lookup guesses beyond the last token
-        reserve = max_cache_length + (generation_config.prompt_lookup_num_tokens or 0)
         cache = build(
             strategy,
             self.config.get_text_config(decoder=True),
             max_cache_len=max(reserve, generation_config.max_cache_len or 0),
         )
-        cache.set_padding(model_kwargs.get("attention_mask"))
+        cache.set_padding(mask)
         result = prepare(_without_ours(generation_config, static=False))
         theirs = _cache_in(model_kwargs)
         if theirs is None:
@@ -198,11 +206,8 @@ def _prepare(original: Any) -> Any:
                 f"transformers prepared no cache for {type(self).__name__}: "
                 f"{name!r} cannot take its place"
             )
-        if isinstance(theirs, compat.EncoderDecoderCache):
-            theirs.self_attention_cache = cache  # cross-attention is filled once and stays
-        else:
-            slot = next(key for key, value in model_kwargs.items() if value is theirs)
-            model_kwargs[slot] = cache
+        pair = isinstance(theirs, compat.EncoderDecoderCache)
+        _put(model_kwargs, theirs, Pair.of(theirs, cache) if pair else cache)
         if generation_config.is_assistant:
             cache.activate_past_recording()
         return result
@@ -219,6 +224,12 @@ def _cache_in(model_kwargs: dict) -> Any:
 def _decoder_cache(cache: Any) -> Any:
     """The decoder's own, where the cache is that of an encoder and decoder."""
     return cache.self_attention_cache if isinstance(cache, compat.EncoderDecoderCache) else cache
+
+
+def _put(model_kwargs: dict, theirs: Any, ours: Any) -> None:
+    """Our cache under the name that theirs has among a model's arguments."""
+    slot = next(key for key, value in model_kwargs.items() if value is theirs)
+    model_kwargs[slot] = ours
 
 
 def _without_ours(config: GenerationConfig, static: bool) -> GenerationConfig:

@@ -27,3 +27,9 @@ class RowOperations:
     def batch_select_indices(self, indices: Tensor) -> None:
         """Only the rows `indices`: positions or a mask."""
         self._map(lambda x: x[indices.to(x.device)])
+
+
+def rebatch(x: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:
+    """`change` of x, in place where B stays: a compiled graph knows the address."""
+    new = change(x)
+    return x.copy_(new) if new.shape == x.shape else new

@@ -9,7 +9,7 @@ import torch
 from .compat import StaticLayer as TransformersStaticLayer
 from .errors import CacheOverflow
 from .layer import overflow, removed
-from .rows import RowOperations
+from .rows import RowOperations, rebatch
 from .stored import Stored
 from .view import views
 
@@ -66,7 +66,7 @@ class StaticLayer(RowOperations, TransformersStaticLayer):
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> None:
         if self.is_initialized:
-            self.keys, self.values = _rebatch(self.keys, change), _rebatch(self.values, change)
+            self.keys, self.values = rebatch(self.keys, change), rebatch(self.values, change)
             self.batch_size = self.keys.shape[0]
 
     def _check_room(self, S: int) -> None:
@@ -100,12 +100,6 @@ def _(length: Tensor, S: int, limit: int) -> None: ...
 def _raise_if_full(length: Tensor, S: int, limit: int) -> None:
     if int(length) + S > limit:
         raise CacheOverflow(overflow(limit, int(length), S))
-
-
-def _rebatch(x: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:
-    """`change` of x, in place where B stays: a compiled graph knows the address."""
-    new = change(x)
-    return x.copy_(new) if new.shape == x.shape else new
 
 
 class StaticCodedLayer(StaticLayer):
@@ -210,8 +204,8 @@ class StaticCodedLayer(StaticLayer):
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> None:
         if self.is_initialized:
-            self.blocks = {name: _rebatch(x, change) for name, x in self.blocks.items()}
-            self.tail = [_rebatch(x, change) for x in self.tail]
+            self.blocks = {name: rebatch(x, change) for name, x in self.blocks.items()}
+            self.tail = [rebatch(x, change) for x in self.tail]
             if self.waiting is not None:
                 self.waiting = [change(x) for x in self.waiting]
             self.batch_size = self.tail[0].shape[0]

@@ -1,0 +1,43 @@
+"""Models whose bias by distance is made for all tokens seen, whatever a cache keeps.
+
+Such a bias has one column for each column of the padding mask (alibi), or counts the distance to
+the keys it gets from the first token on (relative buckets): it is right only for a cache that hands
+out all columns. What is not visible cannot be cut off from outside, as the model adds the bias to
+the scores itself. MPT cuts it to the keys it gets, and is served like any other model.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from .rope import modeling
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+    from .spec import Strategy
+
+
+def refusals(config: PreTrainedConfig, strategy: Strategy) -> tuple[str | None, str | None]:
+    """Why a strategy cannot serve the model of `config` at all, and why not a padded batch."""
+    model, windowed = type(config).__name__, strategy.retention.newest is not None
+    if windowed and hasattr(config, "relative_attention_num_buckets"):  # T5 and its kin
+        return (
+            f"the position bias of {model} counts keys from the first token on, of which "
+            f"{strategy} drops some: use full",
+            None,
+        )
+    bloom = config.model_type == "bloom"
+    compiled = strategy.layout.is_compileable(strategy)
+    if not (bloom or getattr(config, "alibi", False)) or not (windowed or compiled):
+        return None, None
+    why = (
+        f"the alibi bias of {model} has a column for each token seen, and {strategy} gives "
+        "attention another number of columns"
+    )
+    # newer BLOOMs ask the cache for its columns where nothing is padded
+    if bloom and hasattr(modeling(config), "_get_alibi_slopes"):
+        if compiled and strategy.codec.name == "exact":
+            return None, None  # the mask is padded to all room
+        return None, f"{why}: for rows of unlike length use full+growing, or one row at a time"
+    return f"{why}: use full+growing", None
