@@ -17,8 +17,9 @@ from .compat import (
 )
 from .errors import SpecError
 from .layer import Layer
+from .probe import positions_depend_on_images
 from .retention.window import Window
-from .rope import Rotation
+from .rope import turns
 from .spec import PREFIX, Strategy, parse
 from .static import StaticCodedLayer
 from .static import StaticLayer as OurStaticLayer
@@ -27,6 +28,8 @@ from .stats import Stats
 if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedConfig
+
+    from .rope import Turn
 
 
 class Cache(transformers.Cache):
@@ -65,6 +68,32 @@ class Cache(transformers.Cache):
         for layer in self.layers:
             if isinstance(layer, Layer):
                 layer.set_padding(padding)
+
+    def check_positions(self, position_ids: Tensor, attention_mask: Tensor | None) -> None:
+        """Refuse positions that pinned keys would be turned to wrongly, as `generate` does.
+
+        Args:
+            position_ids: [B, T] or [N, B, T], of a prompt's columns; in each row and each of the N
+                they must run on by one from its first token to its last.
+            attention_mask: [B, T] or longer to the left, 0 for columns that hold no token.
+
+        Raises SpecError.
+        """
+        pins = (layer.pins for layer in self.layers if isinstance(layer, Layer))
+        if not any(rotation for p in pins if p is not None for rotation in p.turn):
+            return
+        T = position_ids.shape[-1]
+        ahead = position_ids - torch.arange(T, device=position_ids.device)
+        highest = lowest = ahead
+        if attention_mask is not None and attention_mask.dim() == 2:
+            empty, far = attention_mask[:, -T:] == 0, torch.iinfo(ahead.dtype).max
+            highest, lowest = torch.where(empty, -far, ahead), torch.where(empty, far, ahead)
+        if (highest.amax(-1) > lowest.amin(-1)).any():
+            raise SpecError(
+                f"{self.strategy}: positions of this prompt are not its columns, as with images in "
+                "models that give these positions of their own, or a mask with holes: pinned keys "
+                "would be turned wrongly; use 'window'"
+            )
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
@@ -113,15 +142,15 @@ def build(
             )
         strategy = strategy.replace(layout=type(strategy.layout)(max_cache_len=max_cache_len))
     stats, place = Stats(), strategy.placement.open()
-    text = config.get_text_config(decoder=True)
-    rotation = Rotation.of(text) if strategy.retention.first else None
     if strategy.layout.is_compileable(strategy):
         theirs = transformers.StaticCache(config=config, max_cache_len=strategy.layout.limit).layers
         ours = OurStaticLayer if strategy.codec.name == "exact" else StaticCodedLayer
         layers = [ours(strategy, stats) if type(x) is StaticLayer else x for x in theirs]
     else:
         theirs = transformers.DynamicCache(config=config).layers
-        layers = [_layer(x, strategy, place, stats, rotation) for x in theirs]
+        pinned = tuple(i for i, layer in enumerate(theirs) if type(layer) is DynamicLayer)
+        turn = _turns(strategy, config, pinned) if strategy.retention.first and pinned else {}
+        layers = [_layer(x, strategy, place, stats, turn.get(i)) for i, x in enumerate(theirs)]
     _check_known(theirs, strategy, config)
     # transformers' static windows are all that an exact static cache of a sliding model needs
     served = (Layer, StaticLayer if strategy.codec.name == "exact" else OurStaticLayer)
@@ -144,12 +173,23 @@ def _check_known(theirs: list, strategy: Strategy, config: PreTrainedConfig) -> 
         )
 
 
-def _layer(
-    theirs: Any, strategy: Strategy, place: Any, stats: Stats, rotation: Rotation | None
-) -> Any:
+def _turns(
+    strategy: Strategy, config: PreTrainedConfig, pinned: tuple[int, ...]
+) -> dict[int, Turn]:
+    text = config.get_text_config(decoder=True)
+    if text is not config and positions_depend_on_images(config):
+        raise SpecError(
+            f"{strategy}: behind an image, positions of {type(config).__name__} are not columns, "
+            "and pinned keys would stand in the future; for prompts of text alone build from "
+            "config.get_text_config(), else use 'window'"
+        )
+    return turns(text, pinned)
+
+
+def _layer(theirs: Any, strategy: Strategy, place: Any, stats: Stats, turn: Turn | None) -> Any:
     """Our layer in the place of transformers'; where that is not plain attention, it stays."""
     if type(theirs) is DynamicLayer:
-        return Layer(strategy, place, stats, rotation)
+        return Layer(strategy, place, stats, turn)
     if type(theirs) is DynamicSlidingWindowLayer:
         window = strategy.replace(retention=Window(length=theirs.sliding_window))
         return Layer(window, place, stats, is_sliding=True)

@@ -82,6 +82,9 @@ def output_cache(output: Any) -> Any:
     return getattr(output, CACHE_ARGUMENT)
 
 
+# of a config: how attention is computed
+ATTENTION = "_attn_implementation"
+
 # what is wrapped, and the parameters and fields that are read
 VALIDATE = "validate"  # of GenerationConfig; this and below of GenerationMixin
 PREPARE_CONFIG = "_prepare_generation_config"

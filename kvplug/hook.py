@@ -168,7 +168,7 @@ def _prepare(original: Any) -> Any:
         ours = is_ours(generation_config.cache_implementation)
         if not ours or given is not None or generation_config.use_cache is False:
             if isinstance(given, Cache):
-                given.set_padding(model_kwargs.get("attention_mask"))
+                _tell(given, model_kwargs)
             if ours and generation_config.is_assistant:
                 # an assistant's later rounds bring the cache of the first, and the target's config
                 generation_config = _without_ours(generation_config, static=False)
@@ -190,7 +190,7 @@ def _prepare(original: Any) -> Any:
             self.config.get_text_config(decoder=True),
             max_cache_len=max(reserve, generation_config.max_cache_len or 0),
         )
-        cache.set_padding(model_kwargs.get("attention_mask"))
+        _tell(cache, model_kwargs)
         result = prepare(_without_ours(generation_config, static=False))
         theirs = _cache_in(model_kwargs)
         if theirs is None:
@@ -219,6 +219,14 @@ def _cache_in(model_kwargs: dict) -> Any:
 def _decoder_cache(cache: Any) -> Any:
     """The decoder's own, where the cache is that of an encoder and decoder."""
     return cache.self_attention_cache if isinstance(cache, compat.EncoderDecoderCache) else cache
+
+
+def _tell(cache: Cache, model_kwargs: dict) -> None:
+    """Where tokens of the prompt stand."""
+    mask = model_kwargs.get("attention_mask")
+    cache.set_padding(mask)
+    if (position_ids := model_kwargs.get("position_ids")) is not None:
+        cache.check_positions(position_ids, mask)
 
 
 def _without_ours(config: GenerationConfig, static: bool) -> GenerationConfig:
