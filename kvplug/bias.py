@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from .rope import modeling
+from .compat import modeling
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig

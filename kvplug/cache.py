@@ -29,8 +29,9 @@ from .compat import (
 from .errors import CacheOverflow, SpecError
 from .kernels.reference import Reference
 from .layer import Layer
+from .probe import positions_depend_on_images
 from .retention.window import Window
-from .rope import Rotation
+from .rope import turns
 from .sliding import StaticSlidingLayer
 from .spec import PREFIX, Strategy, parse
 from .static import StaticCodedLayer
@@ -40,6 +41,8 @@ from .stats import Stats
 if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedConfig
+
+    from .rope import Turn
 
 
 # transformers' layers of plain attention, with and without a linear-attention state beside it
@@ -104,6 +107,32 @@ class Cache(transformers.Cache):
                 f"max_cache_len >= {tokens}, or ask for fewer new tokens"
             )
 
+    def check_positions(self, position_ids: Tensor, attention_mask: Tensor | None) -> None:
+        """Refuse positions that pinned keys would be turned to wrongly, as `generate` does.
+
+        Args:
+            position_ids: [B, T] or [N, B, T], of a prompt's columns; in each row and each of the N
+                they must run on by one from its first token to its last.
+            attention_mask: [B, T] or longer to the left, 0 for columns that hold no token.
+
+        Raises SpecError.
+        """
+        pins = (layer.pins for layer in self.layers if isinstance(layer, Layer))
+        if not any(rotation for p in pins if p is not None for rotation in p.turn):
+            return
+        T = position_ids.shape[-1]
+        ahead = position_ids - torch.arange(T, device=position_ids.device)
+        highest = lowest = ahead
+        if attention_mask is not None and attention_mask.dim() == 2:
+            empty, far = attention_mask[:, -T:] == 0, torch.iinfo(ahead.dtype).max
+            highest, lowest = torch.where(empty, -far, ahead), torch.where(empty, far, ahead)
+        if (highest.amax(-1) > lowest.amin(-1)).any():
+            raise SpecError(
+                f"{self.strategy}: positions of this prompt are not its columns, as with images in "
+                "models that give these positions of their own, or a mask with holes: pinned keys "
+                "would be turned wrongly; use 'window'"
+            )
+
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
@@ -158,7 +187,6 @@ def build(
         raise SpecError(never)
     if compat.reads_dense_only(config):
         strategy = _for_dense_reads(strategy)
-    rotation = Rotation.of(text) if strategy.retention.first else None
     theirs = transformers.DynamicCache(config=config).layers
     _check_known(theirs, strategy, config)
     if strategy.layout.is_compileable(strategy):
@@ -171,7 +199,8 @@ def build(
             else (OurStaticLayer, StaticSlidingLayer)
         )
     else:
-        layers = [_layer(x, strategy, place, stats, rotation) or x for x in theirs]
+        turn = _turns(strategy, config, theirs)
+        layers = [_layer(x, strategy, place, stats, turn.get(i)) or x for i, x in enumerate(theirs)]
         served = Layer
     if not any(isinstance(layer, served) for layer in layers):
         kinds = ", ".join(sorted({type(layer).__name__ for layer in theirs})) or "none"
@@ -202,13 +231,28 @@ def _check_known(theirs: list, strategy: Strategy, config: PreTrainedConfig) -> 
         )
 
 
+def _turns(strategy: Strategy, config: PreTrainedConfig, theirs: list[Any]) -> dict[int, Turn]:
+    """How the layers that pin tokens turn what they store."""
+    pinned = tuple(i for i, layer in enumerate(theirs) if type(layer) in FULL)
+    if not strategy.retention.first or not pinned:
+        return {}
+    text = config.get_text_config(decoder=True)
+    if text is not config and positions_depend_on_images(config):
+        raise SpecError(
+            f"{strategy}: behind an image, positions of {type(config).__name__} are not columns, "
+            "and pinned keys would stand in the future; for prompts of text alone build from "
+            "config.get_text_config(), else use 'window'"
+        )
+    return turns(text, pinned)
+
+
 def _layer(
-    theirs: Any, strategy: Strategy, place: Any, stats: Stats, rotation: Rotation | None
+    theirs: Any, strategy: Strategy, place: Any, stats: Stats, turn: Turn | None
 ) -> Layer | None:
     """Our layer in the place of transformers'; None where that has no plain attention."""
     kind, state = _with_state(theirs, Layer, CombinedLayer)
     if type(theirs) in FULL:
-        return kind(strategy, place, stats, rotation, **state)
+        return kind(strategy, place, stats, turn, **state)
     if type(theirs) in SLIDING:
         window = strategy.replace(retention=Window(length=theirs.sliding_window))
         return kind(window, place, stats, is_sliding=True, **state)

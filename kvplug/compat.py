@@ -11,9 +11,12 @@ from __future__ import annotations
 import inspect
 import typing
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import transformers
+
+if TYPE_CHECKING:
+    from types import ModuleType
 
 TESTED = ("5.17.0", "5.23.0", "5.24.0")  # the whole suite passes on each
 
@@ -59,6 +62,11 @@ DOCUMENTED_NAMES = ("dynamic", "offloaded", "static", "offloaded_static", "quant
 THEIR_NAMES: tuple[str, ...] = (*(KNOWN_NAMES or DOCUMENTED_NAMES), "paged")
 
 
+def modeling(config: Any) -> ModuleType:
+    """The module with the model's own code, beside that of its config. Raises ImportError."""
+    return import_module(type(config).__module__.replace(".configuration_", ".modeling_"))
+
+
 def cache_field() -> str | None:
     """The name of the cache in outputs of `generate`: `cache`, before 5.24 `past_key_values`."""
     output = find("generation.utils", "GenerateDecoderOnlyOutput")
@@ -82,9 +90,13 @@ def output_cache(output: Any) -> Any:
     return getattr(output, CACHE_ARGUMENT)
 
 
+# of a config: how attention is computed
+ATTENTION = "_attn_implementation"
+
+
 def reads_dense_only(config: Any) -> bool:
     """Whether attention of this config compiles itself: views cannot be read inside of that."""
-    return getattr(config, "_attn_implementation", None) == "flex_attention"
+    return getattr(config, ATTENTION, None) == "flex_attention"
 
 
 # what is wrapped, and the parameters and fields that are read

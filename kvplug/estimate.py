@@ -7,9 +7,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from .cache import build
-from .compat import StaticLayer
+from .compat import StaticLayer, modeling
 from .errors import SpecError, unknown
-from .rope import modeling
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -45,7 +44,7 @@ def estimate(
         dtype = getattr(torch, dtype)
     text = config.get_text_config(decoder=True)
     dtype = dtype or getattr(text, "dtype", None) or torch.float32
-    cache = build(spec, config, max_cache_len=context)
+    cache = build(spec, text, max_cache_len=context)
     for layer, (H, Dk, Dv) in zip(cache.layers, kv_shapes(text, len(cache.layers)), strict=True):
         key, value = (
             torch.empty(batch, H, context, D, dtype=dtype, device="meta") for D in (Dk, Dv)
@@ -65,7 +64,8 @@ def kv_shapes(config: PreTrainedConfig, layers: int) -> list[tuple[int, int, int
 
 def _stores_latents(config: PreTrainedConfig) -> bool:
     """Whether the model stores latents and expands them after the cache: newer transformers do."""
-    classes = (x for x in vars(modeling(config)).values() if isinstance(x, type))
+    module = modeling(config)
+    classes = (x for x in vars(module).values() if isinstance(x, type))
     return any(hasattr(x, "expand_kv") for x in classes)
 
 

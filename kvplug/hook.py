@@ -139,7 +139,7 @@ def _watched(original: Any) -> Any:
         config = next(x for x in given if isinstance(x, GenerationConfig))
         model_kwargs = next(x for x in given if isinstance(x, dict))
         name = config.cache_implementation
-        asked = is_ours(name) and config.use_cache is not False and not _cache_in(model_kwargs)
+        asked = is_ours(name) and not _cache_in(model_kwargs)
         result = original(self, *args, **kwargs)
         if asked and not isinstance(_decoder_cache(_cache_in(model_kwargs)), Cache):
             raise SpecError(
@@ -165,25 +165,34 @@ def _prepare(original: Any) -> Any:
             call.arguments["generation_config"] = config
             return original(*call.args, **call.kwargs)
 
+        def tell(cache: Cache) -> None:
+            """Where tokens of the prompt stand; what is not said of a decoder is its encoder's."""
+            decoder = "decoder_" if self.config.is_encoder_decoder else ""
+            mask = model_kwargs.get(f"{decoder}attention_mask")
+            cache.set_padding(mask)
+            if (position_ids := model_kwargs.get(f"{decoder}position_ids")) is not None:
+                cache.check_positions(position_ids, mask)
+
         # prompt lookup guesses beyond the last token
         reserve = max_cache_length + (generation_config.prompt_lookup_num_tokens or 0)
-        # `attention_mask` is the encoder's where there is one
-        decoder = "decoder_" if self.config.is_encoder_decoder else ""
-        mask = model_kwargs.get(f"{decoder}attention_mask")
         given = _cache_in(model_kwargs)
-        ours = is_ours(generation_config.cache_implementation)
-        if not ours or given is not None or generation_config.use_cache is False:
+        name = generation_config.cache_implementation
+        ours = is_ours(name)
+        if ours and given is None and generation_config.use_cache is False:
+            raise SpecError(
+                f"cache_implementation={name!r} cannot apply: use_cache is False; pass True"
+            )
+        if not ours or given is not None:
             own = _decoder_cache(given)
             if isinstance(own, Cache):
                 own.check_room(reserve)
-                own.set_padding(mask)
+                tell(own)
                 if own is not given:
                     _put(model_kwargs, given, Pair.of(given, own))
             if ours and generation_config.is_assistant:
                 # an assistant's later rounds bring the cache of the first, and the target's config
                 generation_config = _without_ours(generation_config, static=False)
             return prepare(generation_config)
-        name = generation_config.cache_implementation
         if compat.builds_own_cache(self):
             raise SpecError(
                 f"{type(self).__name__} builds its own kind of cache: "
@@ -198,7 +207,7 @@ def _prepare(original: Any) -> Any:
             self.config.get_text_config(decoder=True),
             max_cache_len=max(reserve, generation_config.max_cache_len or 0),
         )
-        cache.set_padding(mask)
+        tell(cache)
         result = prepare(_without_ours(generation_config, static=False))
         theirs = _cache_in(model_kwargs)
         if theirs is None:

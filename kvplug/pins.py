@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from .rope import Rotation
+    from .rope import Turn
 
 
 class Pins:
@@ -21,8 +21,9 @@ class Pins:
     whose real tokens all fit still shows its own tokens where another row shows its pins.
     """
 
-    def __init__(self, count: int, rotation: Rotation | None) -> None:
-        self.count, self.rotation = count, rotation
+    def __init__(self, count: int, turn: Turn | None) -> None:
+        """Take how many, and how the model turns what it stores; None: not at all."""
+        self.count, self.turn = count, turn or (None, None)
         self.keys: Tensor | None = None  # [B, H, count, Dk]
         self.values: Tensor | None = None  # [B, H, count, Dv]
 
@@ -50,15 +51,18 @@ class Pins:
             are such rows.
         """
         by = column - padding
-        keys = self.keys if self.rotation is None else self.rotation.shift(self.keys, by)
+        keys, values = (
+            x if rotation is None else rotation.shift(x, by)
+            for x, rotation in zip((self.keys, self.values), self.turn, strict=True)
+        )
         overflowed = by > 0
         if not bool(overflowed.all()):
             own_keys, own_values = own()
             overflowed = overflowed[:, None, None, None]
             return torch.where(overflowed, keys, own_keys), torch.where(
-                overflowed, self.values, own_values
+                overflowed, values, own_values
             )
-        return keys, self.values
+        return keys, values
 
     def map(self, change: Callable[[Tensor], Tensor]) -> None:
         """Apply a change of the batch."""

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from importlib import import_module
+import copy
 from typing import TYPE_CHECKING
 
 import torch
 
 from .errors import SpecError
+from .probe import CannotProbe, probe
 
 if TYPE_CHECKING:
-    from types import ModuleType
-
     from torch import Tensor
     from transformers import PreTrainedConfig
 
@@ -19,60 +18,18 @@ if TYPE_CHECKING:
 FIXED_FREQUENCIES = ("default", "linear", "llama3", "yarn", "proportional")
 
 
-def modeling(config: PreTrainedConfig) -> ModuleType:
-    """The module with the model's own code, beside that of its config."""
-    return import_module(type(config).__module__.replace(".configuration_", ".modeling_"))
-
-
 class Rotation:
-    """Moves keys by a number of positions, in the convention of one model.
+    """Moves what one layer stores by a number of positions, as the model would have."""
 
-    Both the frequencies and the convention (halves or interleaved pairs) are asked of the model's
-    own code rather than listed here.
-    """
+    def __init__(self, inv_freq: Tensor, interleaved: bool = False) -> None:
+        """Take how the first R channels are turned, the others are not.
 
-    def __init__(self, inv_freq: Tensor, interleaved: bool) -> None:
-        """Take frequencies [R/2] for R <= head_dim rotated channels, and how they are paired."""
+        inv_freq: [R/2] radians per position, negative for a model that turns the other way.
+        interleaved: channels 2i and 2i + 1 are a pair, else i and i + R/2.
+        """
         self.inv_freq, self.interleaved = inv_freq.double().cpu(), interleaved
         self._shift: Tensor | None = None
         self._cos_sin: tuple[Tensor, Tensor] | None = None
-
-    @classmethod
-    def of(cls, config: PreTrainedConfig) -> Rotation | None:
-        """The rotation of a model's full-attention layers, None where it has no rotary positions.
-
-        Raises SpecError where it has some that cannot be undone and redone from the key alone.
-        """
-        parameters = getattr(config, "rope_parameters", None)
-        if not parameters:
-            return None
-        model = type(config).__name__.removesuffix("Config")
-        if getattr(config, "qk_rope_head_dim", None):
-            raise SpecError(
-                f"'sinks' cannot re-rotate the keys of {model}: only a part of each head is rotated"
-            )
-        kinds = parameters.get("full_attention", parameters)
-        if kinds.get("rope_type", "default") not in FIXED_FREQUENCIES:
-            raise SpecError(
-                f"'sinks' cannot re-rotate the keys of {model}: "
-                f"frequencies of rope_type {kinds['rope_type']!r} change "
-                f"with length; accepted: {', '.join(FIXED_FREQUENCIES)}"
-            )
-        module = modeling(config)
-        embeddings = (x for name, x in vars(module).items() if name.endswith("RotaryEmbedding"))
-        embedding = next(embeddings, None)
-        rotate_half = getattr(module, "rotate_half", None)
-        if embedding is None or rotate_half is None:
-            raise SpecError(f"'sinks' cannot tell how {model} rotates its keys; use 'window'")
-        buffers = dict(embedding(config).named_buffers())
-        inv_freq = buffers.get("inv_freq", buffers.get("full_attention_inv_freq"))
-        if inv_freq is None:
-            raise SpecError(f"'sinks' cannot find the rotary frequencies of {model}; use 'window'")
-        turned = rotate_half(torch.tensor([1.0, 2.0, 3.0, 4.0])).tolist()
-        layouts = {(-3.0, -4.0, 1.0, 2.0): False, (-2.0, 1.0, -4.0, 3.0): True}
-        if tuple(turned) not in layouts:
-            raise SpecError(f"'sinks' does not know the rotation of {model}; use 'window'")
-        return cls(inv_freq, layouts[tuple(turned)])
 
     def shift(self, keys: Tensor, by: Tensor) -> Tensor:
         """Keys [B, H, T, Dk] as if they stood `by` [B] positions later, in the dtype of keys."""
@@ -96,3 +53,74 @@ class Rotation:
             self._shift, self._cos_sin = by, (angle.cos().float(), angle.sin().float())
         cos, sin = self._cos_sin
         return cos.to(device), sin.to(device)
+
+
+Turn = tuple[Rotation | None, Rotation | None]  # of what a layer stores as keys and as values
+
+_learned: dict[tuple[type, str, tuple[int, ...]], dict[int, Turn]] = {}
+
+
+def turns(config: PreTrainedConfig, layers: tuple[int, ...]) -> dict[int, Turn]:
+    """How each of these layers turns what it stores; None where that does not depend on position.
+
+    Learned by what the model itself writes (`probe`), once per config: layers of one model differ,
+    in frequencies or in having positions at all, and a config's words do not tell. Latent attention
+    (MLA) stores the rotary part as values.
+
+    Raises SpecError where a layer's keys at one position are no turn of those at another.
+    """
+    key = (type(config), config.to_json_string(use_diff=False), layers)
+    if key not in _learned:
+        # whatever the caller's defaults are
+        with torch.device("cpu"), torch.inference_mode(False), torch.no_grad():
+            _learned[key] = _learn(config, layers)
+    return copy.deepcopy(_learned[key])  # a rotation remembers angles: one per cache
+
+
+def _learn(config: PreTrainedConfig, layers: tuple[int, ...]) -> dict[int, Turn]:
+    model = type(config).__name__.removesuffix("Config")
+    try:
+        found = probe(config, layers)
+    except CannotProbe as e:
+        raise SpecError(
+            f"'sinks' cannot tell how {model} rotates its keys: {e}; use 'window'"
+        ) from e
+    candidates = [
+        Rotation(sign * inv_freq, interleaved)
+        for inv_freq, kind in found.frequencies
+        if kind in FIXED_FREQUENCIES
+        for interleaved in (False, True)
+        for sign in (1, -1)
+    ]
+    changing = sorted({kind for _, kind in found.frequencies} - {*FIXED_FREQUENCIES})
+    result: dict[int, Turn] = {}
+    for layer, sides in found.written.items():
+        try:
+            result[layer] = tuple(_turn_of(x, candidates) for x in sides)
+        except LookupError:
+            why = (
+                f"frequencies of rope_type {', '.join(map(repr, changing))} change with length; "
+                f"accepted: {', '.join(FIXED_FREQUENCIES)}"
+                if changing
+                else f"layer {layer} changes them after the turn, or turns them by frequencies "
+                "that its rotary embedding does not show; use 'window'"
+            )
+            raise SpecError(f"'sinks' cannot re-rotate the keys of {model}: {why}") from None
+    return result
+
+
+def _turn_of(x: Tensor, candidates: list[Rotation]) -> Rotation | None:
+    """What takes x [1, H, T, D] at position 0 to all its positions. Raises LookupError."""
+    at = x[0].float().transpose(0, 1)[:, :, None]  # [T, H, 1, D]
+    bound = 1e-4 * float(at.abs().max())  # angles of the model are float32
+    if float((at - at.mean(-1, keepdim=True)).abs().max()) <= bound:
+        raise LookupError  # a turn would not be seen
+    if float((at - at[:1]).abs().max()) <= bound:
+        return None
+    first, by = at[:1].expand_as(at), torch.arange(len(at))
+    for rotation in candidates:
+        if 2 * len(rotation.inv_freq) > x.shape[-1]:
+            continue
+        if float((rotation.shift(first, by) - at).abs().max()) <= bound:
+            return rotation
+    raise LookupError

@@ -7,7 +7,10 @@ import torch
 import transformers
 
 import kvplug
-from kvplug.rope import Rotation
+from kvplug.compat import cache_argument
+from kvplug.layer import Layer
+from kvplug.rope import turns
+from kvplug.testing.tools import prompt, random_model
 
 BASE = {
     "vocab_size": 97, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2,
@@ -38,6 +41,11 @@ CONFIGS = {
 }
 
 
+def rotation_of(config):
+    """Of the first layer's keys."""
+    return turns(config, (0,))[0][0]
+
+
 @pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.parametrize("by", [0, 1, 37, -5, 100_000])
 def test_shift_is_the_models_own_rotation(name, by):
@@ -56,7 +64,7 @@ def test_shift_is_the_models_own_rotation(name, by):
         return torch.cat((turned, keys[..., r:]), -1)
 
     start = torch.tensor([20, 20])
-    rotation = Rotation.of(config)
+    rotation = rotation_of(config)
     ours = rotation.shift(at(20), torch.tensor([by, by]))
     # the model's own angles are float32: coarse at 1e5, where ours are not
     tolerance = 1e-5 if abs(by) < 1000 else 0.05
@@ -67,7 +75,7 @@ def test_shift_is_the_models_own_rotation(name, by):
 
 
 def test_rows_move_by_their_own_number():
-    rotation = Rotation.of(transformers.LlamaConfig(**BASE))
+    rotation = rotation_of(transformers.LlamaConfig(**BASE))
     keys = torch.randn(3, 2, 4, 16)
     moved = rotation.shift(keys, torch.tensor([0, 5, 9]))
     assert torch.equal(moved[0], keys[0])
@@ -79,7 +87,7 @@ def test_rows_move_by_their_own_number():
 
 
 def test_keys_keep_their_dtype_and_length():
-    rotation = Rotation.of(transformers.LlamaConfig(**BASE))
+    rotation = rotation_of(transformers.LlamaConfig(**BASE))
     keys = torch.randn(1, 2, 4, 16)
     turned = rotation.shift(keys.bfloat16(), torch.tensor([7]))
     assert turned.dtype == torch.bfloat16
@@ -87,8 +95,15 @@ def test_keys_keep_their_dtype_and_length():
 
 
 def test_models_without_rotation_have_none():
-    assert Rotation.of(transformers.GPT2Config()) is None
-    assert Rotation.of(transformers.BloomConfig()) is None
+    for config in (transformers.GPT2Config(), transformers.BloomConfig(), transformers.T5Config()):
+        assert turns(config, (0, 1)) == {0: (None, None), 1: (None, None)}
+
+
+class Elsewhere(transformers.PreTrainedConfig):
+    """As from a model's own repository."""
+
+    model_type = "elsewhere"
+    num_hidden_layers = 1
 
 
 @pytest.mark.parametrize(
@@ -102,8 +117,13 @@ def test_models_without_rotation_have_none():
             "frequencies of rope_type 'dynamic' change with length; accepted: default, linear,",
         ),
         (
-            lambda: transformers.DeepseekV3Config(num_hidden_layers=2),
-            "only a part of each head is rotated",
+            lambda: transformers.HunYuanDenseV1Config(**BASE),
+            "the keys of HunYuanDenseV1: layer 0 changes them after the turn",
+        ),
+        (lambda: transformers.GPTJConfig(), "that its rotary embedding does not show"),
+        (
+            lambda: Elsewhere(layer_types=["full_attention"]),
+            "cannot tell how Elsewhere rotates its keys: no model class is known for this config",
         ),
     ],
 )
@@ -112,3 +132,305 @@ def test_what_cannot_be_turned_is_refused_at_construction(config, text):
         kvplug.build("sinks", config())
     assert text in str(e.value)
     assert kvplug.build("window", config()).held() == 0
+
+
+# --- every model
+
+
+TINY = BASE | {
+    "num_hidden_layers": 4, "max_position_embeddings": 256, "initializer_range": 0.2,
+    "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+    "num_local_experts": 4, "num_experts": 4, "n_routed_experts": 4, "num_experts_per_tok": 2,
+    "moe_num_experts": 4, "moe_k": 2, "moe_intermediate_size": 32, "n_group": 1, "topk_group": 1,
+    "first_k_dense_replace": 1, "n_shared_experts": 1, "q_lora_rank": 16, "kv_lora_rank": 16,
+    "qk_rope_head_dim": 8, "qk_nope_head_dim": 16, "v_head_dim": 16, "decoder_layers": 4,
+    "decoder_attention_heads": 4, "decoder_ffn_dim": 64, "encoder_layers": 1,
+    "encoder_attention_heads": 4, "encoder_ffn_dim": 64, "d_model": 64, "ffn_dim": 64,
+    "word_embed_proj_dim": 64, "rotary_dim": 8, "n_input_layers": 1, "n_output_layers": 1,
+}  # fmt: skip
+LATENT = ("q_lora_rank", "kv_lora_rank", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim")
+VARIANTS = [
+    TINY,
+    {k: v for k, v in TINY.items() if k != "head_dim"} | {"num_key_value_heads": 4},
+    {k: v for k, v in TINY.items() if k not in ("head_dim", *LATENT)},
+    TINY | {"num_key_value_heads": 4},
+    {k: v for k, v in TINY.items() if k not in ("head_dim", "num_key_value_heads")},
+]
+
+
+class Keeping(transformers.DynamicCache):
+    """Remembers what layers wrote."""
+
+    def update(self, key_states, value_states, layer_idx, *args, **kwargs):
+        self.__dict__.setdefault("written", {})[layer_idx] = key_states, value_states
+        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+
+
+def written(model, ids, start):
+    """By layer, keys and values of ids [1, T] as they stand from position `start` on."""
+    cache = Keeping(config=model.config)
+    positions = torch.arange(start, start + ids.shape[1])[None]
+    with torch.no_grad():
+        model(input_ids=ids, position_ids=positions, **cache_argument(cache))
+    return cache.written
+
+
+def tiny(config_class):
+    """A small model with random norms, which says nothing of positions but by rotation.
+
+    And what it writes at position 0. None where this is no text model, no layer of it is served, or
+    no settings of ours build it.
+    """
+    for settings in VARIANTS:
+        try:
+            config = config_class(**settings)
+            if config.get_text_config() is not config:
+                break
+            with torch.device("meta"):
+                model = transformers.AutoModelForCausalLM.from_config(config)
+            kvplug.build("window", config)  # else no layer would be pinned
+            if sum(x.numel() for x in model.parameters()) > 3e6:
+                continue
+            model = random_model(config)
+            for weight in model.parameters():
+                if weight.dim() == 1:
+                    weight.data.uniform_(0.5, 1.5, generator=torch.Generator().manual_seed(0))
+            for module in model.modules():  # absolute positions: all the same
+                kind = type(module).__name__
+                if "Embedding" in kind and module is not model.get_input_embeddings():
+                    tables = [*module._parameters.values()]
+                    tables += module._buffers.values() if "Positional" in kind else ()
+                    for table in tables:
+                        if table is not None and table.dim() == 2:
+                            table.data[:] = table.data[:1].clone()
+            return model, written(model, torch.tensor([[5]]), 0)
+        except Exception:  # a setting that this model does not take
+            continue
+    return None, None
+
+
+# of those that build, and why
+REFUSED = {
+    "CodeGen": "does not show",  # a table of sines
+    "GPTJ": "does not show",
+    "HunYuanDenseV1": "changes them after the turn",  # a norm
+    "HunYuanMoEV1": "changes them after the turn",
+    "LongcatFlash": "cannot tell how",  # two caches per block
+    "Zaya": "changes them after the turn",  # a convolution over keys
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_every_layer_of_every_model_turns_as_we_turn_it():
+    """One token at positions 0 and 37, norms random: the models' own keys are the oracle."""
+    by, right, wrong, refused = 37, [], {}, {}
+    for config_class in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
+        name = config_class.__name__.removesuffix("Config")
+        model, here = tiny(config_class)
+        if model is None:
+            continue
+        try:
+            layers = kvplug.build("sinks(sinks=2, window=8)", model.config).layers
+        except kvplug.SpecError as e:
+            refused[name] = str(e)
+            continue
+        there = written(model, torch.tensor([[5]]), by)
+        pinned = {i: x.pins for i, x in enumerate(layers) if isinstance(x, Layer) and x.pins}
+        for i, pins in pinned.items():
+            for a, b, rotation in zip(here[i], there[i], pins.turn, strict=True):
+                ours = a if rotation is None else rotation.shift(a, torch.tensor([by]))
+                error = float((ours - b).abs().max() / b.abs().max())
+                if error > 1e-4:
+                    wrong[f"{name}, layer {i}"] = error
+        right += [name] if pinned else []
+    assert not wrong
+    assert {k: v for k, v in refused.items() if REFUSED.get(k, "not refused") not in v} == {}
+    assert len(right) > 70, right
+    assert {"Llama", "SmolLM3", "Cohere2", "Exaone4", "GptOss", "DeepseekV3"} <= {*right}
+
+
+# --- tokens
+
+LATENT_SIZES = {
+    "num_key_value_heads": 4, "q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 16, "v_head_dim": 16, "first_k_dense_replace": 4,
+}  # fmt: skip
+WIDE = BASE | {"num_hidden_layers": 4, "initializer_range": 0.2, "pad_token_id": 0}
+HEADLESS = {k: v for k, v in WIDE.items() if k != "head_dim"}
+FULL = WIDE | {"layer_types": ["full_attention"] * 4}
+MODELS = {
+    "smollm3, layers without positions": ("SmolLM3", HEADLESS),
+    "deepseek_v3, latents": ("DeepseekV3", HEADLESS | LATENT_SIZES),
+    "gpt_oss, yarn": ("GptOss", FULL | {"num_local_experts": 4, "num_experts_per_tok": 2}),
+    "nanochat, turned the other way": ("NanoChat", WIDE),
+    "cohere, interleaved": ("Cohere", WIDE),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_logits_are_those_of_pins_that_the_model_wrote_where_they_stand(name):
+    """The oracle holds dense keys, and has the model itself write the pins anew at each step.
+
+    Hidden states of the first tokens do not change when all of them move.
+    """
+    kind, settings = MODELS[name]
+    if not hasattr(transformers, f"{kind}Config"):
+        pytest.skip(f"this transformers has no {kind}")
+    model = random_model(getattr(transformers, f"{kind}Config")(**settings))
+    for weight in model.parameters():
+        if weight.dim() == 1:
+            weight.data.uniform_(0.5, 1.5, generator=torch.Generator().manual_seed(0))
+    sinks, window, ids = 2, 8, prompt(40)
+    ours = kvplug.build(f"sinks(sinks={sinks}, window={window})", model.config)
+    plain = Keeping(config=model.config)
+    with torch.no_grad():
+        start = model(ids[:, :9], **cache_argument(plain)).logits
+        torch.testing.assert_close(model(ids[:, :9], **cache_argument(ours)).logits, start)
+    own = dict(plain.written)  # by layer, keys and values of all tokens where they first stood
+    for seen in range(9, ids.shape[1]):
+        first = max(0, seen - (window - 1) - sinks)
+        pins = written(model, ids[:, :sinks], first)
+        cache = Keeping(config=model.config)
+        for i, layer in enumerate(cache.layers):
+            parts = zip(pins[i], own[i], strict=True)
+            layer.update(
+                *(torch.cat((pin, x[:, :, first + sinks :]), 2) for pin, x in parts)
+                if first
+                else own[i]
+            )
+        ids_now, position = ids[:, seen : seen + 1], torch.tensor([[seen]])
+        with torch.no_grad():
+            expected = model(ids_now, position_ids=position, **cache_argument(cache)).logits
+            got = model(ids_now, position_ids=position, **cache_argument(ours)).logits
+        torch.testing.assert_close(got, expected, atol=2e-4, rtol=2e-4)
+        own = {
+            i: tuple(torch.cat(x, 2) for x in zip(own[i], cache.written[i], strict=True))
+            for i in own
+        }
+
+
+# --- positions that are not columns
+
+
+@pytest.fixture(scope="module")
+def qwen2_vl():
+    config = transformers.Qwen2VLConfig(
+        text_config={
+            "vocab_size": 99, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2,
+            "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256,
+            "rope_parameters": {
+                "rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3],
+            },
+        },
+        vision_config={
+            "depth": 1, "embed_dim": 32, "num_heads": 2, "hidden_size": 64, "patch_size": 4,
+            "spatial_merge_size": 2, "temporal_patch_size": 2, "in_channels": 3,
+        },
+        image_token_id=97, vision_start_token_id=98, vision_end_token_id=96, video_token_id=95,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = transformers.Qwen2VLForConditionalGeneration(config).eval()
+    model.generation_config.eos_token_id = None
+    model.generation_config.pad_token_id = 0
+    return model
+
+
+NEW = {"max_new_tokens": 20, "do_sample": False}
+
+
+def test_images_that_move_positions_are_refused_before_the_model_runs(qwen2_vl):
+    """M-RoPE: an image takes fewer positions than columns; pins would stand in the future."""
+    ids = torch.tensor([[5, 6, 98, *[97] * 16, 96, 7, 8]])
+    inputs = {
+        "input_ids": ids, "attention_mask": torch.ones_like(ids),
+        "image_grid_thw": torch.tensor([[1, 8, 8]]), "mm_token_type_ids": (ids == 97).int(),
+        "pixel_values": torch.randn(64, 3 * 2 * 4 * 4, generator=torch.Generator().manual_seed(0)),
+    }  # fmt: skip
+    spec = "sinks(sinks=2, window=8)"
+    plain = qwen2_vl.generate(**inputs, **NEW)
+    assert torch.equal(qwen2_vl.generate(**inputs, cache_implementation="growing", **NEW), plain)
+    with pytest.raises(kvplug.SpecError, match="positions of this prompt are not its columns"):
+        qwen2_vl.generate(**inputs, cache_implementation=spec, **NEW)
+    cache = kvplug.build(spec, qwen2_vl.config.get_text_config())
+    with pytest.raises(kvplug.SpecError, match="positions of this prompt are not its columns"):
+        qwen2_vl.generate(**inputs, **cache_argument(cache), **NEW)
+    with pytest.raises(kvplug.SpecError, match="behind an image, positions of Qwen2VLConfig"):
+        kvplug.build(spec, qwen2_vl.config)  # a forward pass by hand says nothing of images
+    assert kvplug.build("window", qwen2_vl.config).held() == 0
+
+
+def test_text_alone_is_served_where_images_would_move_positions(qwen2_vl):
+    ids, spec = prompt(13), "sinks(sinks=2, window=8)"
+    ours = qwen2_vl.generate(ids, cache_implementation=spec, **NEW)
+    cache = kvplug.build(spec, qwen2_vl.config.get_text_config())
+    with torch.no_grad():
+        row = ids
+        for _ in range(20):
+            logits = qwen2_vl(
+                row[:, cache.get_seq_length() :],
+                position_ids=torch.arange(cache.get_seq_length(), row.shape[1]).expand(3, 1, -1),
+                **cache_argument(cache),
+            ).logits
+            row = torch.cat((row, logits[:, -1:].argmax(-1)), 1)
+    assert torch.equal(ours, row)
+
+
+def test_positions_that_do_not_follow_columns_are_refused():
+    model = random_model(transformers.LlamaConfig(**BASE))
+    spec, ids = "sinks(sinks=2, window=8)", prompt(12)
+    holes = torch.ones_like(ids)
+    holes[:, 4:6] = 0
+    with pytest.raises(kvplug.SpecError, match="a mask with holes"):
+        model.generate(ids, attention_mask=holes, cache_implementation=spec, **NEW)
+    right = torch.ones_like(ids)
+    right[:, :3] = 0
+    for mask in (right, right.flip(1), None):
+        model.generate(ids, attention_mask=mask, cache_implementation=spec, **NEW)
+    gpt2 = random_model(transformers.GPT2Config(n_layer=1, n_embd=32, n_head=2, vocab_size=97))
+    gpt2.generate(ids, attention_mask=holes, cache_implementation=spec, **NEW)  # nothing is turned
+
+
+# --- learning from a config
+
+
+@pytest.mark.parametrize(
+    "name", ["Qwen3_5Text", "Qwen2_5_VLText", "Gemma4Text", "Gemma3Text", "Emu3Text", "Cohere2"]
+)
+def test_models_of_real_size_are_learned_from_without_their_weights(name):
+    if not hasattr(transformers, f"{name}Config"):
+        pytest.skip(f"this transformers has no {name}")
+    state = torch.random.get_rng_state()
+    config = getattr(transformers, f"{name}Config")()
+    pinned = [x.pins for x in kvplug.build("sinks", config).layers if getattr(x, "pins", None)]
+    assert pinned
+    for pins in pinned:
+        assert (pins.turn[0] is None) == (name == "Cohere2")  # full attention without positions
+        assert pins.turn[1] is None
+    assert torch.equal(torch.random.get_rng_state(), state)
+    shared = {id(pins.turn[0]) for pins in pinned}
+    assert len(shared) == 1  # angles of a step are computed once
+    again = kvplug.build("sinks", config).layers
+    others = {id(x.pins.turn[0]) for x in again if getattr(x, "pins", None)}
+    assert name == "Cohere2" or not shared & others  # but not shared between caches
+
+
+def test_sliding_and_full_layers_have_their_own_frequencies():
+    config = transformers.Gemma3TextConfig(
+        **BASE, layer_types=["sliding_attention", "full_attention"],
+        rope_parameters={
+            "sliding_attention": {"rope_type": "default", "rope_theta": 1e2},
+            "full_attention": {"rope_type": "linear", "rope_theta": 1e6, "factor": 8.0},
+        },
+    )  # fmt: skip
+    learned = turns(config, (0, 1))
+    for i, step in ((0, 1e2 ** (-2 / 16)), (1, 1e6 ** (-2 / 16) / 8)):
+        assert float(learned[i][0].inv_freq[1]) == pytest.approx(step)
+
+
+def test_callers_defaults_do_not_matter():
+    config = transformers.LlamaConfig(
+        **BASE, rope_parameters={"rope_type": "default", "rope_theta": 77.0}
+    )
+    with torch.device("meta"), torch.inference_mode():
+        learned = turns(config, (0,))[0][0]
+    assert float(learned.inv_freq[1]) == pytest.approx(77.0 ** (-2 / 16))

@@ -14,7 +14,7 @@ class Sinks(Retention):
     As in the paper, positions are those inside the cache. The sinks are rotated to stand right
     before the window: a model never meets a distance beyond `sinks + window`, and generation has
     no end. Departure from the paper: the window is not rotated (distances inside it do not change),
-    only the sinks are, on each step and from their original, so that no error adds up. Models
+    only the sinks are, on each step and from their original, so that no error adds up. Layers
     without rotary positions keep their own.
     """
 

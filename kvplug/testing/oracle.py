@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 from hypothesis import strategies as st
-from transformers import LlamaConfig
+from transformers import GPT2Config
 from transformers.cache_utils import DynamicLayer
 
 from ..cache import build
@@ -130,9 +130,7 @@ def one_layer(strategy: Strategy, padding: Tensor | None = None, limit: int = 25
         strategy = strategy.replace(
             layout=dataclasses.replace(strategy.layout, max_cache_len=limit)
         )
-    config = LlamaConfig(num_hidden_layers=1, rope_parameters=None)
-    config.rope_parameters = None
-    layer = build(strategy, config).layers[0]
+    layer = build(strategy, GPT2Config(n_layer=1)).layers[0]
     if padding is not None and isinstance(layer, Layer):
         layer.set_padding(padding)
     return layer
