@@ -15,6 +15,7 @@ from __future__ import annotations
 import atexit
 import copy
 import functools
+import inspect
 import os
 import shlex
 import signal
@@ -24,10 +25,13 @@ from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from transformers.generation.utils import GenerationMixin
+import transformers
+from transformers import GenerationMixin
 
+from . import compat
 from .cache import is_ours
 from .errors import KvplugError, SpecError
+from .hook import _cache_in
 from .spec import PREFIX, parse
 
 if TYPE_CHECKING:
@@ -73,6 +77,8 @@ def start() -> None:
         return
     try:
         parse(spec)
+        if missing := compat.problems():
+            raise SpecError(f"transformers {transformers.__version__} has no {', '.join(missing)}")
     except KvplugError as e:
         say(f"{e}: generate calls of {sys.executable} are left to transformers")
         return
@@ -87,7 +93,8 @@ def default(spec: str) -> Counter[tuple[str, str]]:
     Returns what will have happened: how often, by (model class, why not, "" where it was taken).
     """
     calls: Counter[tuple[str, str]] = Counter()
-    hooked, lock = GenerationMixin._prepare_cache_for_generation, threading.Lock()
+    hooked, lock = getattr(GenerationMixin, compat.PREPARE), threading.Lock()
+    signature = inspect.signature(hooked)
 
     def count(model: GenerationMixin, why_not: str = "") -> None:
         key = (type(model).__name__, why_not)
@@ -98,39 +105,36 @@ def default(spec: str) -> Counter[tuple[str, str]]:
             say(f"{key[0]} " + (f"is left alone: {why_not}" if why_not else f"takes {spec}"))
 
     @functools.wraps(hooked)
-    def prepare(
-        self: GenerationMixin, generation_config: GenerationConfig, model_kwargs: dict, *args: Any
-    ) -> Any:
-        if why_not := _own(generation_config, model_kwargs):
+    def prepare(self: GenerationMixin, *args: Any, **kwargs: Any) -> Any:
+        call = signature.bind(self, *args, **kwargs)
+        config, model_kwargs = (call.arguments[x] for x in ("generation_config", "model_kwargs"))
+        if why_not := _own(config, model_kwargs):
             count(self, why_not)
-            return hooked(self, generation_config, model_kwargs, *args)
-        named = copy.copy(generation_config)  # the caller's object may be shared between threads
+            return hooked(self, *args, **kwargs)
+        named = copy.copy(config)  # the caller's object may be shared between threads
         named.cache_implementation = spec
+        call.arguments["generation_config"] = named
         try:
-            result = hooked(self, named, model_kwargs, *args)
+            result = hooked(*call.args, **call.kwargs)
         except KvplugError as e:
             count(self, str(e))
-            return hooked(self, generation_config, model_kwargs, *args)
+            return hooked(self, *args, **kwargs)
         count(self)
         return result
 
-    GenerationMixin._prepare_cache_for_generation = prepare
+    setattr(GenerationMixin, compat.PREPARE, prepare)
     return calls
 
 
 def _own(config: GenerationConfig, model_kwargs: dict) -> str:
     """Why a call is left alone, "" if it is not."""
-    given = next((model_kwargs[key] for key in CACHES if model_kwargs.get(key) is not None), None)
     if config.is_assistant:
         return "it assists another model"
     if config.cache_implementation is not None:
         return f"the call names {config.cache_implementation!r}"
-    if given is not None:
+    if (given := _cache_in(model_kwargs)) is not None:
         return f"the call passes a {type(given).__name__}"
     return "the call says use_cache=False" if config.use_cache is False else ""
-
-
-CACHES = ("cache", "past_key_values", "cache_params")
 
 
 def report(spec: str, calls: Counter[tuple[str, str]]) -> None:

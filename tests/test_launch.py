@@ -12,7 +12,7 @@ import torch
 from transformers import DynamicCache, GenerationConfig, GenerationMixin, MambaConfig
 
 import kvplug
-from kvplug import launch
+from kvplug import compat, launch
 from kvplug.cli import main
 from kvplug.testing.tools import prompt, random_model, tiny_llama
 
@@ -36,16 +36,16 @@ sys.exit(7)
 @pytest.fixture
 def default():
     """`launch.default`, undone after the test."""
-    hooked = GenerationMixin._prepare_cache_for_generation
+    hooked = getattr(GenerationMixin, compat.PREPARE)
     yield launch.default
-    GenerationMixin._prepare_cache_for_generation = hooked
+    setattr(GenerationMixin, compat.PREPARE, hooked)
 
 
 def generate(model, ids=None, **kwargs):
     """What `generate` returns, its cache last."""
     ids = prompt(40) if ids is None else ids
     out = model.generate(ids, max_new_tokens=6, return_dict_in_generate=True, **kwargs)
-    return out.sequences, out.past_key_values
+    return out.sequences, compat.output_cache(out)
 
 
 def test_a_call_that_names_no_cache_takes_the_strategy(default, capsys):
@@ -70,9 +70,10 @@ def test_a_call_with_a_cache_of_its_own_keeps_it(default, capsys):
     assert type(generate(model, cache_implementation="static")[1]).__name__ == "StaticCache"
     assert str(generate(model, cache_implementation="int8")[1].strategy) == "int8"
     mine = DynamicCache()
-    tokens, cache = generate(model, past_key_values=mine)
+    tokens, cache = generate(model, **compat.cache_argument(mine))
     assert cache is mine
-    generate(model, tokens, past_key_values=kvplug.build("growing", model.config))
+    ours = kvplug.build("growing", model.config)
+    generate(model, tokens, **compat.cache_argument(ours))
     model.generate(prompt(4), max_new_tokens=2, use_cache=False)
     generate(model, assistant_model=tiny_llama(num_hidden_layers=1))
     assert calls.pop(("LlamaForCausalLM", "")) == 1  # the assisted one
@@ -104,6 +105,19 @@ def test_what_the_strategy_cannot_serve_is_left_to_transformers_and_said(default
     assert first == f"kvplug run: MambaForCausalLM is left alone: {why}"
     assert last == (
         f"kvplug run: 0 of 1 generate calls took int4; left alone: 1 of MambaForCausalLM: {why}"
+    )
+
+
+def test_a_transformers_that_lacks_what_is_needed_is_said(monkeypatch, capsys):
+    hooked = getattr(GenerationMixin, compat.PREPARE)
+    monkeypatch.setenv("KVPLUG_RUN", "int4")
+    monkeypatch.setattr(compat, "problems", lambda: ["GenerationMixin.this", "that"])
+    launch.start()
+    assert getattr(GenerationMixin, compat.PREPARE) is hooked
+    assert re.search(
+        r"kvplug run: transformers [\d.]+ has no GenerationMixin.this, that: generate calls of .* "
+        "are left to transformers\n",
+        capsys.readouterr().err,
     )
 
 
