@@ -34,11 +34,15 @@ def main(argv: list[str] | None = None) -> int:
     )
     launch = commands.add_parser(
         "run",
-        help="a command, unedited, whose generate calls take a strategy where they name no cache",
-        usage="kvplug run --cache STRATEGY -- COMMAND [ARGUMENT ...]",
+        help="a command, unedited, that knows the names and takes one where it names no cache",
+        usage="kvplug run [--cache STRATEGY] -- COMMAND [ARGUMENT ...]",
         epilog="example: kvplug run --cache int4+host -- python their_script.py",
     )
-    launch.add_argument("--cache", required=True, metavar="STRATEGY", help="e.g. int4+host")
+    launch.add_argument(
+        "--cache",
+        metavar="STRATEGY",
+        help="for generate calls that name no cache (default: such calls are left alone)",
+    )
     launch.add_argument("words", nargs="+", metavar="COMMAND", help="what to start, in full")
     commands.add_parser("warmup", help="compile the CPU kernel now, once per machine")
     args = parser.parse_args(argv)

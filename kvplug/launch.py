@@ -41,8 +41,9 @@ STRATEGY, PROCESS = "KVPLUG_RUN", "KVPLUG_RUN_PROCESS"
 STARTUP = Path(__file__).parent / "startup"
 
 
-def run(spec: str, command: list[str]) -> NoReturn:
-    """Become `command`, with `spec` as the default of its `generate` calls.
+def run(spec: str | None, command: list[str]) -> NoReturn:
+    """Become `command`, with `spec` as the default of its `generate` calls; without one, they only
+    know the names.
 
     Commands are looked for beside this Python first, so that `python` is the one with kvplug in it.
 
@@ -50,21 +51,26 @@ def run(spec: str, command: list[str]) -> NoReturn:
         SpecError: the spec cannot be, or is a name of transformers; nothing was started.
         OSError: the command cannot be started.
     """
-    if not is_ours(spec):
+    words = shlex.join(command)
+    if spec is None:
+        line = f"`{words}` knows the names of kvplug; calls that name no cache are left alone"
+    elif is_ours(spec):
+        parse(spec)
+        line = (
+            f"{spec} for each generate call of `{words}` that names no cache; "
+            "no further line means that no call took it"
+        )
+    else:
         raise SpecError(
             f"{spec!r} is a name of transformers, which `run` does not set. Ours: '{PREFIX}static' "
             "and the like, or stage names such as 'int4+host'; `kvplug list` shows them"
         )
-    parse(spec)
     env = dict(os.environ)
-    env[STRATEGY], env[PROCESS] = spec, str(os.getpid())  # exec keeps the process
+    env[STRATEGY], env[PROCESS] = spec or "", str(os.getpid())  # exec keeps the process
     beside = {"PATH": Path(sys.executable).parent, "PYTHONPATH": STARTUP}
     for name, folder in beside.items():
         env[name] = os.pathsep.join(filter(None, (str(folder), env.get(name))))
-    say(
-        f"{spec} for each generate call of `{shlex.join(command)}` that names no cache; "
-        "no further line means that no call took it"
-    )
+    say(line)
     sys.stdout.flush()
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # Python ignores it, and exec would pass that on
     os.execvpe(command[0], command, env)
@@ -73,7 +79,7 @@ def run(spec: str, command: list[str]) -> NoReturn:
 def start() -> None:
     """Make the strategy of the environment, if any, this process's default; report at exit."""
     spec = os.environ.get(STRATEGY)
-    if spec is None:
+    if not spec:
         return
     try:
         parse(spec)

@@ -12,9 +12,10 @@ import sys
 
 
 class Wait:
-    """A finder that finds nothing, but has kvplug imported once `generate` is there."""
+    """A finder that finds nothing, but calls `then(module)` once the module `name` is there."""
 
-    name = "transformers.generation.utils"
+    def __init__(self, name, then):
+        self.name, self.then = name, then
 
     def find_spec(self, name, path=None, target=None):
         if name != self.name or self not in sys.meta_path:
@@ -26,13 +27,13 @@ class Wait:
 
             def exec_module(module):
                 execute(module)
-                start()
+                self.then(module)
 
             spec.loader.exec_module = exec_module
         return spec
 
 
-def start():
+def start(generate):
     """Import kvplug, which reads the environment, or say why this process has no strategy."""
     try:
         import kvplug  # noqa: F401
@@ -42,6 +43,13 @@ def start():
             "left to transformers",
             file=sys.stderr,
         )
+
+
+def serve(server):
+    """Have `transformers serve` tell its clients what kvplug refuses."""
+    from kvplug.serving import attach
+
+    attach(server)
 
 
 def others():
@@ -57,5 +65,8 @@ def others():
 
 if __name__ == "sitecustomize":  # not when a test runner or a packager only looks at it
     if "KVPLUG_RUN" in os.environ:
-        sys.meta_path.insert(0, Wait())
+        sys.meta_path[:0] = [
+            Wait("transformers.generation.utils", start),
+            Wait("transformers.cli.serving.server", serve),
+        ]
     others()
