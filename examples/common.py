@@ -43,6 +43,17 @@ def load(args: argparse.Namespace) -> tuple[PreTrainedModel, PreTrainedTokenizer
     return model.load(args.model)[:2]
 
 
+def folder(args: argparse.Namespace, scratch: str) -> str:
+    """Where the model that was asked for lies, for programs that load it themselves."""
+    if args.tiny:
+        for part in _tiny():
+            part.save_pretrained(scratch)
+        return scratch
+    from evals import model
+
+    return str(model.dequantized()) if args.model == model.PACKAGED else args.model
+
+
 def mib(size: int) -> str:
     """Bytes as text."""
     return f"{size / 2**20:.2f} MiB"

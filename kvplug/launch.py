@@ -53,13 +53,10 @@ def run(spec: str | None, command: list[str]) -> NoReturn:
     """
     words = shlex.join(command)
     if spec is None:
-        line = f"`{words}` knows the names of kvplug; calls that name no cache are left alone"
+        line = f"the names of kvplug are known to the generate calls of `{words}`"
     elif is_ours(spec):
         parse(spec)
-        line = (
-            f"{spec} for each generate call of `{words}` that names no cache; "
-            "no further line means that no call took it"
-        )
+        line = f"{spec} for each generate call of `{words}` that names no cache"
     else:
         raise SpecError(
             f"{spec!r} is a name of transformers, which `run` does not set. Ours: '{PREFIX}static' "
@@ -70,7 +67,7 @@ def run(spec: str | None, command: list[str]) -> NoReturn:
     beside = {"PATH": Path(sys.executable).parent, "PYTHONPATH": STARTUP}
     for name, folder in beside.items():
         env[name] = os.pathsep.join(filter(None, (str(folder), env.get(name))))
-    say(line)
+    say(f"{line}; no further line means that there was no call")
     sys.stdout.flush()
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # Python ignores it, and exec would pass that on
     os.execvpe(command[0], command, env)
@@ -79,43 +76,45 @@ def run(spec: str | None, command: list[str]) -> NoReturn:
 def start() -> None:
     """Make the strategy of the environment, if any, this process's default; report at exit."""
     spec = os.environ.get(STRATEGY)
-    if not spec:
+    if spec is None:
         return
     try:
-        parse(spec)
+        if spec:
+            parse(spec)
         if missing := compat.problems():
             raise SpecError(f"transformers {transformers.__version__} has no {', '.join(missing)}")
     except KvplugError as e:
         say(f"{e}: generate calls of {sys.executable} are left to transformers")
         return
-    calls = default(spec)
-    atexit.register(report, spec, calls)
+    calls = default(spec or None)
+    atexit.register(report, calls)
     os.register_at_fork(after_in_child=calls.clear)  # a forked child counts its own
 
 
-def default(spec: str) -> Counter[tuple[str, str]]:
+def default(spec: str | None) -> Counter[str]:
     """Have `generate` calls without a cache of their own take `spec`, above `hook`'s methods.
 
-    Returns what will have happened: how often, by (model class, why not, "" where it was taken).
+    Returns what will have happened, and how often.
     """
-    calls: Counter[tuple[str, str]] = Counter()
+    calls: Counter[str] = Counter()
     hooked, lock = getattr(GenerationMixin, compat.PREPARE), threading.Lock()
     signature = inspect.signature(hooked)
 
-    def count(model: GenerationMixin, why_not: str = "") -> None:
-        key = (type(model).__name__, why_not)
+    def count(model: GenerationMixin, what: str) -> None:
+        what = f"{type(model).__name__} {what}"
         with lock:
-            calls[key] += 1
-            first = calls[key] == 1
+            calls[what] += 1
+            first = calls[what] == 1
         if first:
-            say(f"{key[0]} " + (f"is left alone: {why_not}" if why_not else f"takes {spec}"))
+            say(what)
 
     @functools.wraps(hooked)
     def prepare(self: GenerationMixin, *args: Any, **kwargs: Any) -> Any:
         call = signature.bind(self, *args, **kwargs)
         config, model_kwargs = (call.arguments[x] for x in ("generation_config", "model_kwargs"))
-        if why_not := _own(config, model_kwargs):
-            count(self, why_not)
+        own = _own(config, model_kwargs) or ("" if spec else "was left alone: it names no cache")
+        if own:
+            count(self, own)
             return hooked(self, *args, **kwargs)
         named = copy.copy(config)  # the caller's object may be shared between threads
         named.cache_implementation = spec
@@ -123,9 +122,9 @@ def default(spec: str) -> Counter[tuple[str, str]]:
         try:
             result = hooked(*call.args, **call.kwargs)
         except KvplugError as e:
-            count(self, str(e))
+            count(self, f"was left alone: {e}")
             return hooked(self, *args, **kwargs)
-        count(self)
+        count(self, f"took {spec}")
         return result
 
     setattr(GenerationMixin, compat.PREPARE, prepare)
@@ -133,27 +132,25 @@ def default(spec: str) -> Counter[tuple[str, str]]:
 
 
 def _own(config: GenerationConfig, model_kwargs: dict) -> str:
-    """Why a call is left alone, "" if it is not."""
+    """What a call has of its own that the default respects, "" if nothing."""
     if config.is_assistant:
-        return "it assists another model"
+        return "was left alone: it assists another model"
+    if is_ours(config.cache_implementation):
+        return "named a strategy itself"  # which one is a client's word: there is no end of them
     if config.cache_implementation is not None:
-        return f"the call names {config.cache_implementation!r}"
+        return f"was left alone: it names {config.cache_implementation!r}"
     if (given := _cache_in(model_kwargs)) is not None:
-        return f"the call passes a {type(given).__name__}"
-    return "the call says use_cache=False" if config.use_cache is False else ""
+        return f"was left alone: it was given a {type(given).__name__}"
+    return "was left alone: it was told use_cache=False" if config.use_cache is False else ""
 
 
-def report(spec: str, calls: Counter[tuple[str, str]]) -> None:
-    """Say at exit how many calls took the strategy; a process below the first only if any came."""
-    taken = sum(n for (_, why_not), n in calls.items() if not why_not)
+def report(calls: Counter[str]) -> None:
+    """Say at exit what happened to every call; a process below the first only if there were any."""
     if calls:
-        left = [f"{n} of {model}: {why}" for (model, why), n in calls.items() if why]
-        say(
-            f"{taken} of {calls.total()} generate calls took {spec}"
-            + ("; left alone: " + "; ".join(left) if left else "")
-        )
+        each = "; ".join(f"{what} ({n})" for what, n in calls.items())
+        say(f"{calls.total()} generate call{'s' if calls.total() > 1 else ''}: {each}")
     elif os.environ[PROCESS] == str(os.getpid()):
-        say(f"no generate call, so nothing took {spec}")
+        say("no generate call")
 
 
 def say(text: str) -> None:

@@ -2,8 +2,8 @@
 
 The grammar: stage names joined by `+`, at most one of each kind, each with optional keyword
 arguments written as Python literals. What is left out takes the default, in full
-`full+growing+exact+device+auto`. Between arguments `;` does for `,`, because command lines such as
-lm-evaluation-harness's cut what they are given at commas: `sinks(sinks=4;window=1020)`.
+`full+growing+exact+device+auto`. Between arguments `;` does for `,`, for programs that cut what
+they are given at every comma, as lm-evaluation-harness does: `sinks(sinks=4;window=1020)`.
 """
 
 from __future__ import annotations

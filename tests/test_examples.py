@@ -79,3 +79,32 @@ def test_write_a_codec(run, monkeypatch):
     kl = {row.split()[0]: float(row.split()[-1]) for row in rows}
     assert kl["growing"] == 0
     assert 0 < kl["int8"] < kl["e4m3"] < kl["int4"] < 0.1
+
+
+def test_stream_chat(run):
+    lines = run("stream_chat", "--new-tokens", "8", "--cache", "int8")
+    held = [line for line in lines if line.startswith("  [")]
+    tokens = [int(re.match(r"  \[int8: (\d+) tokens, [\d.]+ MiB\]$", line)[1]) for line in held]
+    assert len(tokens) == 2
+    assert tokens[1] > tokens[0] + 8  # the second turn reads the first again
+    assert len([line for line in lines if line.startswith("> ")]) == 2
+
+
+def test_switch_adapters(run):
+    pytest.importorskip("peft", reason="needs pip install 'kvplug[clients]'")
+    rows = [(line[:8].strip(), line[9:23].strip(), line[24:]) for line in run("switch_adapters")]
+    written = [(adapter, text) for adapter, cache, text in rows if cache == "transformers"]
+    assert [adapter for adapter, _ in written] == ["first", "second", "first", "none"]
+    assert written[0] == written[2]
+    assert len({text for _, text in written}) == 3, "adapters that change nothing show nothing"
+    lossless = [text for _, cache, text in rows if cache in ("growing", "host")]
+    assert lossless == ["the same text"] * 8
+
+
+def test_spread_weights(run):
+    pytest.importorskip("accelerate", reason="comes with the extra 'evals'")
+    head, *rows = run("spread_weights")
+    assert head == "layers: 1 on cpu, 1 on disk"
+    same = {row[:14].strip(): row[15:] for row in rows}
+    for lossless in ("transformers", "growing", "host", "disk"):
+        assert same[lossless] == "the same text as the whole model"

@@ -60,8 +60,8 @@ def test_a_call_that_names_no_cache_takes_the_strategy(default, capsys):
     assert not torch.equal(tokens, exact), "the model is too flat for this test"
     model.generate(prompt(40), generation_config=config)
     assert config.cache_implementation is None, "the caller's object was changed"
-    assert calls == {("LlamaForCausalLM", ""): 2}
-    assert capsys.readouterr().err == "kvplug run: LlamaForCausalLM takes window(length=8)\n"
+    assert calls == {"LlamaForCausalLM took window(length=8)": 2}
+    assert capsys.readouterr().err == "kvplug run: LlamaForCausalLM took window(length=8)\n"
 
 
 def test_a_call_with_a_cache_of_its_own_keeps_it(default, capsys):
@@ -76,19 +76,19 @@ def test_a_call_with_a_cache_of_its_own_keeps_it(default, capsys):
     generate(model, tokens, **compat.cache_argument(ours))
     model.generate(prompt(4), max_new_tokens=2, use_cache=False)
     generate(model, assistant_model=tiny_llama(num_hidden_layers=1))
-    assert calls.pop(("LlamaForCausalLM", "")) == 1  # the assisted one
-    why = [why for _, why in calls]
-    assert why == [
-        "the call names 'static'",
-        "the call names 'int8'",
-        "the call passes a DynamicCache",
-        "the call passes a Cache",
-        "the call says use_cache=False",
-        "it assists another model",
+    assert calls.pop("LlamaForCausalLM took int4") == 1  # the assisted one
+    what = [
+        "was left alone: it names 'static'",
+        "named a strategy itself",
+        "was left alone: it was given a DynamicCache",
+        "was left alone: it was given a Cache",
+        "was left alone: it was told use_cache=False",
+        "was left alone: it assists another model",
     ]
+    assert list(calls) == [f"LlamaForCausalLM {x}" for x in what]
     said = capsys.readouterr().err
-    for reason in why:
-        assert said.count(f"LlamaForCausalLM is left alone: {reason}\n") == 1
+    for line in calls:
+        assert said.count(f"kvplug run: {line}\n") == 1
 
 
 def test_what_the_strategy_cannot_serve_is_left_to_transformers_and_said(default, capsys):
@@ -97,15 +97,13 @@ def test_what_the_strategy_cannot_serve_is_left_to_transformers_and_said(default
     expected = mamba.generate(prompt(5), max_new_tokens=3)
     calls = default("int4")
     assert torch.equal(mamba.generate(prompt(5), max_new_tokens=3), expected)
-    ((model, why),) = calls
-    assert model == "MambaForCausalLM"
-    assert "no attention layer" in why
-    launch.report("int4", calls)
+    ((what, n),) = calls.items()
+    assert re.match(r"MambaForCausalLM was left alone: int4: .* no attention layer", what)
+    assert n == 1
+    launch.report(calls)
     first, last = [line for line in capsys.readouterr().err.splitlines() if "kvplug" in line]
-    assert first == f"kvplug run: MambaForCausalLM is left alone: {why}"
-    assert last == (
-        f"kvplug run: 0 of 1 generate calls took int4; left alone: 1 of MambaForCausalLM: {why}"
-    )
+    assert first == f"kvplug run: {what}"
+    assert last == f"kvplug run: 1 generate call: {what} (1)"
 
 
 def test_a_transformers_that_lacks_what_is_needed_is_said(monkeypatch, capsys):
@@ -149,6 +147,23 @@ def test_the_environment_of_the_command(started, monkeypatch, capsys, before, af
     said = capsys.readouterr().err
     assert said.startswith("kvplug run: sinks(sinks=4;window=8) for each generate call of `lm_eval")
     assert said.count("\n") == 1
+
+
+def test_without_a_strategy_the_names_are_known_and_calls_are_counted(started, default, capsys):
+    main(["run", "--", "lm_eval"])
+    ((_, _, env),) = started
+    assert env["KVPLUG_RUN"] == ""
+    assert capsys.readouterr().err.startswith(
+        "kvplug run: the names of kvplug are known to the generate calls of `lm_eval`"
+    )
+    model = tiny_llama()
+    calls = default(None)
+    assert isinstance(generate(model)[1], DynamicCache)
+    assert str(generate(model, cache_implementation="int8")[1].strategy) == "int8"
+    assert calls == {
+        "LlamaForCausalLM was left alone: it names no cache": 1,
+        "LlamaForCausalLM named a strategy itself": 1,
+    }
 
 
 @pytest.mark.parametrize(
@@ -233,10 +248,10 @@ def test_a_script_that_never_heard_of_kvplug(tmp_path):
     assert done.stdout == "['--flag', 'x']\n"
     said = [line for line in done.stderr.splitlines() if line.startswith("kvplug run: ")]
     assert said[1:] == [
-        "kvplug run: LlamaForCausalLM takes host",
-        "kvplug run: LlamaForCausalLM is left alone: the call names 'static'",
-        "kvplug run: 1 of 2 generate calls took host; "
-        "left alone: 1 of LlamaForCausalLM: the call names 'static'",
+        "kvplug run: LlamaForCausalLM took host",
+        "kvplug run: LlamaForCausalLM was left alone: it names 'static'",
+        "kvplug run: 2 generate calls: LlamaForCausalLM took host (1); "
+        "LlamaForCausalLM was left alone: it names 'static' (1)",
     ]
 
 
@@ -246,5 +261,5 @@ def test_a_process_below_the_command_takes_it_and_signals_pass_through(tmp_path)
     done = kvplug_run("--cache", "host", "--", *command, cwd=tmp_path)
     assert done.returncode == -signal.SIGTERM, done.stderr
     assert done.stdout == "['--flag']\n"
-    assert re.search(r"^kvplug run \[\d+\]: LlamaForCausalLM takes host$", done.stderr, re.M)
-    assert re.search(r"^kvplug run \[\d+\]: 1 of 2 generate calls took", done.stderr, re.M)
+    assert re.search(r"^kvplug run \[\d+\]: LlamaForCausalLM took host$", done.stderr, re.M)
+    assert re.search(r"^kvplug run \[\d+\]: 2 generate calls: Llama", done.stderr, re.M)
