@@ -8,13 +8,15 @@ adapters are random, so the text is odd; it differs between them, which is the p
     python examples/switch_adapters.py [--tiny] [--model ID] [--new-tokens 30]
 """
 
+from contextlib import nullcontext
+
 import torch
 from common import load, options
 from peft import LoraConfig, get_peft_model
 
 import kvplug  # noqa: F401  the import makes the names known
 
-CACHES = (None, "growing", "host", "int4")
+CACHES = (None, "growing", "host", "int4(tail=0, block=16)")
 
 
 def main() -> None:
@@ -30,7 +32,7 @@ def main() -> None:
     model.add_adapter("second", lora)
     for name, weight in model.named_parameters():
         if "lora_B" in name:  # zero before training: the adapter would do nothing
-            torch.nn.init.normal_(weight, std=0.02)
+            torch.nn.init.normal_(weight, std=0.3 if args.tiny else 0.02)
     model.eval()
     prompt = tokenizer("The history of the printing press begins", return_tensors="pt")
 
@@ -44,16 +46,15 @@ def main() -> None:
         return tokenizer.decode(out[0, prompt.input_ids.shape[1] :], skip_special_tokens=True)
 
     for adapter in ("first", "second", "first", "none"):
-        if adapter == "none":
-            model.disable_adapter().__enter__()
-        else:
+        if adapter != "none":
             model.set_adapter(adapter)
-        first = None
-        for cache in CACHES:
-            written = text(cache)
-            first = written if first is None else first
-            same = "the same text" if written == first and cache else repr(written[:60])
-            print(f"{adapter:<8} {cache or 'transformers':<14} {same}")
+        with model.disable_adapter() if adapter == "none" else nullcontext():
+            first = None
+            for cache in CACHES:
+                written = text(cache)
+                first = written if first is None else first
+                same = "the same text" if written == first and cache else repr(written[:60])
+                print(f"{adapter:<8} {cache or 'transformers':<24} {same}")
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import re
 import runpy
+import socket
 import sys
 from pathlib import Path
 
@@ -90,9 +91,11 @@ def test_stream_chat(run):
     assert len([line for line in lines if line.startswith("> ")]) == 2
 
 
+# peft asks transformers for a name that is about to go
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 def test_switch_adapters(run):
     pytest.importorskip("peft", reason="needs pip install 'kvplug[clients]'")
-    rows = [(line[:8].strip(), line[9:23].strip(), line[24:]) for line in run("switch_adapters")]
+    rows = [(line[:8].strip(), line[9:33].strip(), line[34:]) for line in run("switch_adapters")]
     written = [(adapter, text) for adapter, cache, text in rows if cache == "transformers"]
     assert [adapter for adapter, _ in written] == ["first", "second", "first", "none"]
     assert written[0] == written[2]
@@ -108,3 +111,29 @@ def test_spread_weights(run):
     same = {row[:14].strip(): row[15:] for row in rows}
     for lossless in ("transformers", "growing", "host", "disk"):
         assert same[lossless] == "the same text as the whole model"
+
+
+def test_harness_task(run):
+    pytest.importorskip("lm_eval", reason="needs pip install 'kvplug[clients]'")
+    lines = run("harness_task")
+    # four questions are generated through it; the sixteen log-likelihoods are no generate calls
+    assert "kvplug run: 4 generate calls: LlamaForCausalLM named a strategy itself (4)" in lines
+    rows = [re.split(r" *\| *", line)[1] for line in lines if line.startswith("|")]
+    assert rows[-2:] == ["choose", "say"]
+
+
+def test_serve_openai(run):
+    for package in ("openai", "fastapi", "uvicorn"):
+        pytest.importorskip(package, reason="needs pip install 'kvplug[clients]'")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    lines = run("serve_openai", "--port", str(port), "--cache", "host")
+    answers = {line[:20].strip(): line[21:] for line in lines if not line.startswith("kvplug run")}
+    assert "400 unknown cache stage 'imt4'. Did you mean 'int4'?" in answers["imt4"]
+    for name in ("no cache named", "window(length=64)", "kvplug:static"):
+        assert not re.match(r".\d{3} ", answers[name])  # an answer, no status
+    assert lines[-1] == (
+        "kvplug run: 3 generate calls: LlamaForCausalLM took host (1); "
+        "LlamaForCausalLM named a strategy itself (2)"
+    )
