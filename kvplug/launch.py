@@ -25,12 +25,11 @@ from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-import transformers
 from transformers import GenerationMixin
 
 from . import compat
 from .cache import is_ours
-from .errors import KvplugError, SpecError
+from .errors import KvplugError, SpecError, UnknownHost
 from .hook import _cache_in
 from .spec import PREFIX, parse
 
@@ -39,6 +38,8 @@ if TYPE_CHECKING:
 
 STRATEGY, PROCESS = "KVPLUG_RUN", "KVPLUG_RUN_PROCESS"
 STARTUP = Path(__file__).parent / "startup"
+# a model that prepares its cache by code of its own, or a call that failed before
+STARTED = "was left alone: it never asked for a cache"
 
 
 def run(spec: str | None, command: list[str]) -> NoReturn:
@@ -82,7 +83,7 @@ def start() -> None:
         if spec:
             parse(spec)
         if missing := compat.problems():
-            raise SpecError(f"transformers {transformers.__version__} has no {', '.join(missing)}")
+            raise UnknownHost(compat.advice(missing))
     except KvplugError as e:
         say(f"{e}: generate calls of {sys.executable} are left to transformers")
         return
@@ -97,16 +98,27 @@ def default(spec: str | None) -> Counter[str]:
     Returns what will have happened, and how often.
     """
     calls: Counter[str] = Counter()
-    hooked, lock = getattr(GenerationMixin, compat.PREPARE), threading.Lock()
+    hooked, lock = getattr(GenerationMixin, compat.PREPARE_CACHE), threading.Lock()
     signature = inspect.signature(hooked)
 
     def count(model: GenerationMixin, what: str) -> None:
-        what = f"{type(model).__name__} {what}"
+        started, what = (f"{type(model).__name__} {x}" for x in (STARTED, what))
         with lock:
+            calls[started] -= 1
+            if calls[started] <= 0:
+                del calls[started]
             calls[what] += 1
             first = calls[what] == 1
         if first:
             say(what)
+
+    configured = getattr(GenerationMixin, compat.PREPARE_CONFIG)
+
+    @functools.wraps(configured)
+    def prepare_config(self: GenerationMixin, *args: Any, **kwargs: Any) -> Any:
+        with lock:  # until `count` knows better
+            calls[f"{type(self).__name__} {STARTED}"] += 1
+        return configured(self, *args, **kwargs)
 
     @functools.wraps(hooked)
     def prepare(self: GenerationMixin, *args: Any, **kwargs: Any) -> Any:
@@ -127,7 +139,8 @@ def default(spec: str | None) -> Counter[str]:
         count(self, f"took {spec}")
         return result
 
-    setattr(GenerationMixin, compat.PREPARE, prepare)
+    setattr(GenerationMixin, compat.PREPARE_CONFIG, prepare_config)
+    setattr(GenerationMixin, compat.PREPARE_CACHE, prepare)
     return calls
 
 

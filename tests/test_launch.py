@@ -9,7 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import DynamicCache, GenerationConfig, GenerationMixin, MambaConfig
+from transformers import (
+    DynamicCache,
+    GenerationConfig,
+    GenerationMixin,
+    LlamaForCausalLM,
+    MambaConfig,
+)
 
 import kvplug
 from kvplug import compat, launch
@@ -36,9 +42,11 @@ sys.exit(7)
 @pytest.fixture
 def default():
     """`launch.default`, undone after the test."""
-    hooked = getattr(GenerationMixin, compat.PREPARE)
+    names = (compat.PREPARE_CONFIG, compat.PREPARE_CACHE)
+    hooked = [getattr(GenerationMixin, name) for name in names]
     yield launch.default
-    setattr(GenerationMixin, compat.PREPARE, hooked)
+    for name, method in zip(names, hooked, strict=True):
+        setattr(GenerationMixin, name, method)
 
 
 def generate(model, ids=None, **kwargs):
@@ -106,15 +114,27 @@ def test_what_the_strategy_cannot_serve_is_left_to_transformers_and_said(default
     assert last == f"kvplug run: 1 generate call: {what} (1)"
 
 
+def test_a_model_that_prepares_its_cache_by_code_of_its_own_is_counted(default):
+    class Own(LlamaForCausalLM):
+        def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args):
+            model_kwargs[compat.CACHE_ARGUMENT] = DynamicCache()
+
+    model = tiny_llama()
+    model.__class__ = Own
+    calls = default("int4")
+    assert isinstance(generate(model)[1], DynamicCache)
+    assert calls == {"Own was left alone: it never asked for a cache": 1}
+
+
 def test_a_transformers_that_lacks_what_is_needed_is_said(monkeypatch, capsys):
-    hooked = getattr(GenerationMixin, compat.PREPARE)
+    hooked = getattr(GenerationMixin, compat.PREPARE_CACHE)
     monkeypatch.setenv("KVPLUG_RUN", "int4")
     monkeypatch.setattr(compat, "problems", lambda: ["GenerationMixin.this", "that"])
     launch.start()
-    assert getattr(GenerationMixin, compat.PREPARE) is hooked
+    assert getattr(GenerationMixin, compat.PREPARE_CACHE) is hooked
     assert re.search(
-        r"kvplug run: transformers [\d.]+ has no GenerationMixin.this, that: generate calls of .* "
-        "are left to transformers\n",
+        r"kvplug run: transformers [\d.]+ is not .* no GenerationMixin.this, no that\. .*: "
+        r"generate calls of .* are left to transformers\n",
         capsys.readouterr().err,
     )
 
