@@ -244,8 +244,8 @@ def test_a_python_without_kvplug_says_so(tmp_path):
     out, err = below(code, tmp_path, cwd=tmp_path)
     assert out == "3\n"
     assert err == (
-        f"kvplug run: {sys.executable} has no kvplug that works (No module named 'no_such_module'):"
-        " its generate calls are left to transformers\n"
+        f"kvplug run: {sys.executable} has no kvplug that works (ModuleNotFoundError: No "
+        "module named 'no_such_module'): its generate calls are left to transformers\n"
     )
 
 

@@ -37,10 +37,10 @@ def start(generate):
     """Import kvplug, which reads the environment, or say why this process has no strategy."""
     try:
         import kvplug  # noqa: F401
-    except ImportError as e:
+    except Exception as e:  # whatever it is, the program never asked for kvplug
         print(
-            f"kvplug run: {sys.executable} has no kvplug that works ({e}): its generate calls are "
-            "left to transformers",
+            f"kvplug run: {sys.executable} has no kvplug that works ({type(e).__name__}: {e}): its "
+            "generate calls are left to transformers",
             file=sys.stderr,
         )
 
