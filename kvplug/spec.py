@@ -2,13 +2,15 @@
 
 The grammar: stage names joined by `+`, at most one of each kind, each with optional keyword
 arguments written as Python literals. What is left out takes the default, in full
-`full+growing+exact+device+auto`.
+`full+growing+exact+device+auto`. Between arguments `;` does for `,`, for programs that cut what
+they are given at every comma, as lm-evaluation-harness does: `sinks(sinks=4;window=1020)`.
 """
 
 from __future__ import annotations
 
 import ast
 import dataclasses
+import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -38,6 +40,10 @@ DEFAULTS = {
     "placement": "device",
     "kernel": "auto",
 }
+
+
+# a string literal, to be stepped over, or the semicolon that stands for a comma
+SEMICOLON = re.compile(r"""('(?:\\.|[^'\\])*'|"(?:\\.|[^"\\])*")|;""")
 
 
 @dataclass(frozen=True)
@@ -117,7 +123,8 @@ def _terms(body: str, spec: str) -> list[tuple[str, dict[str, Any]]]:
         )
 
     try:
-        node = ast.parse(body.strip(), mode="eval").body
+        commas = SEMICOLON.sub(lambda found: found[1] or ",", body.strip())
+        node = ast.parse(commas, mode="eval").body
     except SyntaxError as e:
         raise fail(e.msg) from None
     nodes: list[ast.expr] = []

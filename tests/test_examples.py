@@ -2,6 +2,7 @@
 
 import re
 import runpy
+import socket
 import sys
 from pathlib import Path
 
@@ -79,3 +80,60 @@ def test_write_a_codec(run, monkeypatch):
     kl = {row.split()[0]: float(row.split()[-1]) for row in rows}
     assert kl["growing"] == 0
     assert 0 < kl["int8"] < kl["e4m3"] < kl["int4"] < 0.1
+
+
+def test_stream_chat(run):
+    lines = run("stream_chat", "--new-tokens", "8", "--cache", "int8")
+    held = [line for line in lines if line.startswith("  [")]
+    tokens = [int(re.match(r"  \[int8: (\d+) tokens, [\d.]+ MiB\]$", line)[1]) for line in held]
+    assert len(tokens) == 2
+    assert tokens[1] > tokens[0] + 8  # the second turn reads the first again
+    assert len([line for line in lines if line.startswith("> ")]) == 2
+
+
+# peft asks transformers for a name that is about to go
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+def test_switch_adapters(run):
+    pytest.importorskip("peft", reason="needs pip install 'kvplug[clients]'")
+    rows = [(line[:8].strip(), line[9:33].strip(), line[34:]) for line in run("switch_adapters")]
+    written = [(adapter, text) for adapter, cache, text in rows if cache == "transformers"]
+    assert [adapter for adapter, _ in written] == ["first", "second", "first", "none"]
+    assert written[0] == written[2]
+    assert len({text for _, text in written}) == 3, "adapters that change nothing show nothing"
+    lossless = [text for _, cache, text in rows if cache in ("growing", "host")]
+    assert lossless == ["the same text"] * 8
+
+
+def test_spread_weights(run):
+    pytest.importorskip("accelerate", reason="comes with the extra 'evals'")
+    head, *rows = run("spread_weights")
+    assert head == "layers: 1 on cpu, 1 on disk"
+    same = {row[:14].strip(): row[15:] for row in rows}
+    for lossless in ("transformers", "growing", "host", "disk"):
+        assert same[lossless] == "the same text as the whole model"
+
+
+def test_harness_task(run):
+    pytest.importorskip("lm_eval", reason="needs pip install 'kvplug[clients]'")
+    lines = run("harness_task")
+    # four questions are generated through it; the sixteen log-likelihoods are no generate calls
+    assert "kvplug run: 4 generate calls: LlamaForCausalLM named a strategy itself (4)" in lines
+    rows = [re.split(r" *\| *", line)[1] for line in lines if line.startswith("|")]
+    assert rows[-2:] == ["choose", "say"]
+
+
+def test_serve_openai(run):
+    for package in ("openai", "fastapi", "uvicorn"):
+        pytest.importorskip(package, reason="needs pip install 'kvplug[clients]'")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    lines = run("serve_openai", "--port", str(port), "--cache", "host")
+    answers = {line[:20].strip(): line[21:] for line in lines if not line.startswith("kvplug run")}
+    assert "400 unknown cache stage 'imt4'. Did you mean 'int4'?" in answers["imt4"]
+    for name in ("no cache named", "window(length=64)", "kvplug:static"):
+        assert not re.match(r".\d{3} ", answers[name])  # an answer, no status
+    assert lines[-1] == (
+        "kvplug run: 3 generate calls: LlamaForCausalLM took host (1); "
+        "LlamaForCausalLM named a strategy itself (2)"
+    )

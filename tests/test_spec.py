@@ -60,6 +60,29 @@ def test_what_is_left_out_takes_the_default():
     assert str(kvplug.parse("host+int4(tail=64, group=16)")) == "int4(group=16)+host"
 
 
+@pytest.mark.parametrize(
+    ("spec", "commas"),
+    [
+        ("sinks(sinks=4;window=1020)+int8", "sinks(sinks=4, window=1020)+int8"),
+        ("int4(group=16; tail=8, block=32)", "int4(group=16, tail=8, block=32)"),
+        ("kvplug:int4(group=16;tail=8)", "int4(group=16, tail=8)"),
+    ],
+)
+def test_a_semicolon_does_for_the_comma(spec, commas):
+    strategy = kvplug.parse(spec)
+    assert strategy == kvplug.parse(commas)
+    assert ";" not in repr(strategy)
+
+
+@pytest.mark.parametrize("name", ["a;b", "it's; here", 'two "quoted; words"', "one \\; here"])
+def test_a_semicolon_in_a_string_is_part_of_the_value(tmp_path, name):
+    folder = tmp_path / name
+    folder.mkdir()
+    strategy = kvplug.parse(f"int4(group=16;tail=8)+disk(folder={str(folder)!r})")
+    assert strategy.placement.folder == str(folder)
+    assert kvplug.parse(repr(strategy)) == strategy
+
+
 @pytest.mark.parametrize(("preset", "spec"), PRESETS.items())
 def test_presets(preset, spec):
     assert kvplug.parse(preset) == kvplug.parse(spec)
@@ -123,6 +146,8 @@ ERRORS = {
     "int4 int8": "cannot read cache strategy 'int4 int8': ",
     "int4(": "cannot read cache strategy 'int4(': ",
     "int4-int8": "'int4 - int8' is not a stage name",
+    "int4;host": "cannot read cache strategy 'int4;host': '(int4, host)' is not a stage name",
+    "int4(group=16;;tail=8)": "cannot read cache strategy 'int4(group=16;;tail=8)': ",
     "3": "'3' is not a stage name",
     "a.b": "'a.b' is not a stage name",
     "int4(32)": "'int4(32)' has an argument without a name",

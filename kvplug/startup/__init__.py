@@ -1,0 +1,1 @@
+"""The folder that `kvplug run` puts on PYTHONPATH, for its `sitecustomize`."""
