@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING
 import torch
 
 from .cache import build
-from .compat import StaticLayer
+from .compat import THEIR_NAMES, CacheLayerMixin, StaticLayer
 from .errors import SpecError, unknown
 from .rope import modeling
+from .spec import PREFIX, PRESETS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from .spec import Strategy
 
 DTYPES = ("float32", "bfloat16", "float16")
+MOST = 1 << 40  # tokens: their bytes still fit an integer of 64 bits
 
 
 def estimate(
@@ -30,15 +32,27 @@ def estimate(
     """Bytes a cache will hold after a prompt of `context` tokens: what its `nbytes()` says then.
 
     Args:
-        spec: a strategy; a static one reserves `context` tokens unless it says otherwise.
+        spec: a strategy, named as in `generate`; a static one reserves `context` tokens unless it
+            says otherwise.
         config: of the model; no weights are needed.
         context: tokens of the prompt.
         batch: rows.
         dtype: of keys and values, or its name; default: the config's, else float32.
 
-    Raises SpecError for a strategy that cannot be, or a name that no dtype has.
+    Raises SpecError for a strategy that cannot be, a name that means a cache of transformers' own
+    in `generate`, a name that no dtype has, and more tokens than bytes can be counted for.
     State of linear-attention and conv layers is not counted: it does not grow with context.
     """
+    if spec in THEIR_NAMES:
+        ours = PREFIX + spec if PREFIX + spec in PRESETS else "growing"
+        raise SpecError(
+            f"{spec!r} names a cache of transformers' own, as in `generate`; of ours the nearest "
+            f"is {ours!r}"
+        )
+    if context * batch > MOST:
+        raise SpecError(
+            f"context {context:,} x batch {batch:,}: bytes are counted for at most {MOST:,} tokens"
+        )
     if isinstance(dtype, str):
         if dtype not in DTYPES:
             raise SpecError(unknown("dtype", dtype, list(DTYPES)))
@@ -47,12 +61,14 @@ def estimate(
     dtype = dtype or getattr(text, "dtype", None) or torch.float32
     cache = build(spec, config, max_cache_len=context)
     for layer, (H, Dk, Dv) in zip(cache.layers, kv_shapes(text, len(cache.layers)), strict=True):
+        if not isinstance(layer, CacheLayerMixin):  # a state, or nothing
+            continue
         key, value = (
             torch.empty(batch, H, context, D, dtype=dtype, device="meta") for D in (Dk, Dv)
         )
         if isinstance(layer, StaticLayer):  # all room is reserved ahead
             layer.lazy_initialization(key, value)
-        elif hasattr(layer, "lazy_initialization") and hasattr(layer, "crop"):
+        else:
             layer.update(key, value)
     return cache.nbytes()
 
