@@ -8,13 +8,14 @@ import torch
 
 from .cache import build
 from .compat import THEIR_NAMES, CacheLayerMixin, StaticLayer
-from .errors import SpecError, unknown
+from .errors import KvplugError, SpecError, unknown
 from .rope import modeling
 from .spec import PREFIX, PRESETS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
+    from .cache import Cache
     from .spec import Strategy
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -59,7 +60,7 @@ def estimate(
         dtype = getattr(torch, dtype)
     text = config.get_text_config(decoder=True)
     dtype = dtype or getattr(text, "dtype", None) or torch.float32
-    cache = build(spec, config, max_cache_len=context)
+    cache = _cache(spec, config, context)
     for layer, (H, Dk, Dv) in zip(cache.layers, kv_shapes(text, len(cache.layers)), strict=True):
         if not isinstance(layer, CacheLayerMixin):  # a state, or nothing
             continue
@@ -71,6 +72,23 @@ def estimate(
         else:
             layer.update(key, value)
     return cache.nbytes()
+
+
+def _cache(spec: str | Strategy, config: PreTrainedConfig, context: int) -> Cache:
+    for again in (False, True):
+        try:
+            return build(spec, config, max_cache_len=context)
+        except KvplugError:
+            raise
+        except (AttributeError, KeyError, ValueError) as e:
+            if again:
+                name = type(config).__name__
+                raise SpecError(
+                    f"transformers makes no cache from {name} alone ({type(e).__name__}: {e})"
+                ) from e
+            # layers of a model's own are known to transformers once its code is imported
+            modeling(config.get_text_config(decoder=True))
+    raise AssertionError
 
 
 def kv_shapes(config: PreTrainedConfig, layers: int) -> list[tuple[int, int, int]]:
@@ -93,6 +111,8 @@ def _kv_shape(config: PreTrainedConfig) -> tuple[int, int, int]:
         config, "new_decoder_architecture", False
     ):
         kv_heads = 1
+    if not kv_heads:
+        raise SpecError(f"{type(config).__name__} does not say how many heads of attention it has")
     width = getattr(config, "head_dim", None) or config.hidden_size // heads
     if rope := getattr(config, "qk_rope_head_dim", None):  # multi-head latent attention
         if _stores_latents(config):
