@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING
 
 import torch
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from .cache import build
 from .compat import THEIR_NAMES, CacheLayerMixin, StaticLayer
@@ -99,7 +101,12 @@ def kv_shapes(config: PreTrainedConfig, layers: int) -> list[tuple[int, int, int
 
 def _stores_latents(config: PreTrainedConfig) -> bool:
     """Whether the model stores latents and expands them after the cache: newer transformers do."""
-    classes = (x for x in vars(modeling(config)).values() if isinstance(x, type))
+    try:
+        module = modeling(config)
+    except ModuleNotFoundError:  # a config for the code of another model
+        model = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+        module = import_module(model.__module__) if model else None
+    classes = (x for x in vars(module).values() if isinstance(x, type)) if module else ()
     return any(hasattr(x, "expand_kv") for x in classes)
 
 
