@@ -121,6 +121,10 @@ def gather(file: Path | None, given: dict[str, Any]) -> Config:
 def _read(file: Path | None) -> dict[str, Any]:
     if file is None:
         return {}
+    if file.is_dir():
+        results = (file / "env.json").exists()
+        what = "a result folder, which `report` renders" if results else "a folder"
+        raise ConfigError(f"{file} is {what}; a config is a TOML file")
     try:
         return tomllib.loads(file.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:

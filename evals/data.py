@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import datasets
+from datasets.exceptions import DatasetsError
 from huggingface_hub import HfApi, is_offline_mode
 
 from evals.config import ConfigError
@@ -92,7 +93,7 @@ def load(name: str | None, need: int = 0) -> Corpus:
         return _hub(*PRESETS[name], need)
     if (path := Path(name)).is_file():
         reader = READERS.get(path.suffix)
-        with _loading(name):
+        with _loading(name, f"A file is {', '.join(READERS)}, or a text in UTF-8."):
             if reader is None:  # a text: one document, its inner newlines as they are
                 args = {"split": "train", "sample_by": "document"}
                 data = datasets.load_dataset("text", data_files=name, **args)
@@ -141,8 +142,10 @@ def _loading(what: str, hint: str = "") -> Iterator[None]:
         yield
     except ConfigError:  # which is a ValueError
         raise
-    except (ValueError, OSError) as error:
-        raise ConfigError(f"dataset {what!r}: {error}{hint and ' ' + hint}") from error
+    except (ValueError, OSError, DatasetsError) as error:
+        # of a file that cannot be read, the cause says why
+        error = error.__cause__ or error
+        raise ConfigError(f"dataset {what!r}: {error}{hint and '. ' + hint}") from error
 
 
 def _refusal(repo: str) -> str | None:

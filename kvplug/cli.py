@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from .errors import KvplugError
+from .errors import KvplugError, SpecError
 
 STRATEGIES = (
     "growing", "kvplug:static", "int8", "int4", "int2", "window(length=4096)", "sinks",
@@ -14,10 +14,13 @@ STRATEGIES = (
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command line; 0 where it worked, 2 where the request cannot be met."""
+    """Run the command line; 0 where it worked, 2 where nothing that was asked for can be."""
+    from . import __version__  # not yet there while the package is imported
+
     parser = argparse.ArgumentParser(
         prog="kvplug", description="Pluggable KV caches for Hugging Face transformers."
     )
+    parser.add_argument("--version", action="version", version=f"kvplug {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("list", help="every stage and preset, with one line each")
     sizes = commands.add_parser(
@@ -72,15 +75,25 @@ def _estimate(args: argparse.Namespace) -> int:
     from transformers import AutoConfig
 
     from .estimate import estimate
+    from .spec import parse
 
+    specs = args.strategies or STRATEGIES
+    for spec in specs:
+        parse(spec)  # a name that nothing has is no row of the table
     config = AutoConfig.from_pretrained(args.model)
     of = {"context": args.context, "batch": args.batch, "dtype": args.dtype}
     full = estimate("growing", config, **of)
     print(f"{'strategy':<40} {'bytes':>16} {'MiB':>10} {'of exact':>9}")
-    for spec in args.strategies or STRATEGIES:
-        size = estimate(spec, config, **of)
+    code = 2
+    for spec in specs:
+        try:
+            size = estimate(spec, config, **of)
+        except SpecError as e:
+            print(f"{spec:<40} refused: {e}")
+            continue
         print(f"{spec:<40} {size:>16,} {size / 2**20:>10.1f} {size / full:>8.2f}x")
-    return 0
+        code = 0
+    return code
 
 
 def _run(args: argparse.Namespace) -> int:
@@ -102,7 +115,10 @@ def _warmup(args: argparse.Namespace) -> int:
 
 
 def _positive(text: str) -> int:
-    value = int(text)
+    try:
+        value = int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
     if value < 1:
         raise argparse.ArgumentTypeError(f"{value} is not at least 1")
     return value

@@ -63,8 +63,14 @@ THEIR_NAMES: tuple[str, ...] = (*(KNOWN_NAMES or DOCUMENTED_NAMES), "paged")
 
 
 def modeling(config: Any) -> ModuleType:
-    """The module with the model's own code, beside that of its config. Raises ImportError."""
-    return import_module(type(config).__module__.replace(".configuration_", ".modeling_"))
+    """The module with the model's own code. Raises ImportError."""
+    try:  # beside its config
+        return import_module(type(config).__module__.replace(".configuration_", ".modeling_"))
+    except ModuleNotFoundError:  # a config for the code of another model
+        model = transformers.MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+        if model is None:
+            raise
+        return import_module(model.__module__)
 
 
 def cache_field() -> str | None:

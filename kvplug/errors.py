@@ -6,7 +6,8 @@ KvplugError
 ├── UnknownHost (RuntimeError)    a strategy named on a transformers that kvplug does not know
 ├── MissingExtra (ImportError)    a stage whose optional dependency is not installed
 ├── CacheOverflow (ValueError)    more tokens than a static cache was built for
-└── Evicted (RuntimeError)        a rollback to tokens that are no longer kept
+├── Evicted (RuntimeError)        a rollback to tokens that are no longer kept
+└── NoRoom (OSError)              the folder of `disk` cannot take more of a cache
 """
 
 from difflib import get_close_matches
@@ -38,6 +39,10 @@ class CacheOverflow(KvplugError, ValueError):
 
 class Evicted(KvplugError, RuntimeError):
     """`crop` asked for tokens that retention has already dropped."""
+
+
+class NoRoom(KvplugError, OSError):
+    """The folder of `disk` cannot take more: `errno` says why, `filename` is the folder."""
 
 
 def unknown(what: str, value: object, accepted: list[str], note: str = "") -> str:

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import TYPE_CHECKING
 
 import torch
 
 from .cache import build
-from .compat import StaticLayer, modeling
-from .errors import SpecError, unknown
+from .compat import THEIR_NAMES, CacheLayerMixin, StaticLayer, modeling
+from .errors import KvplugError, SpecError, unknown
+from .spec import PREFIX, PRESETS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
+    from .cache import Cache
     from .spec import Strategy
 
 DTYPES = ("float32", "bfloat16", "float16")
+MOST = 1 << 40  # tokens: their bytes still fit an integer of 64 bits
 
 
 def estimate(
@@ -29,31 +33,59 @@ def estimate(
     """Bytes a cache will hold after a prompt of `context` tokens: what its `nbytes()` says then.
 
     Args:
-        spec: a strategy; a static one reserves `context` tokens unless it says otherwise.
+        spec: a strategy, named as in `generate`; a static one reserves `context` tokens unless it
+            says otherwise.
         config: of the model; no weights are needed.
         context: tokens of the prompt.
         batch: rows.
         dtype: of keys and values, or its name; default: the config's, else float32.
 
-    Raises SpecError for a strategy that cannot be, or a name that no dtype has.
+    Raises SpecError for a strategy that cannot be, a name that means a cache of transformers' own
+    in `generate`, a name that no dtype has, and more tokens than bytes can be counted for.
     State of linear-attention and conv layers is not counted: it does not grow with context.
     """
+    if spec in THEIR_NAMES:
+        ours = PREFIX + spec if PREFIX + spec in PRESETS else "growing"
+        raise SpecError(
+            f"{spec!r} names a cache of transformers' own, as in `generate`; of ours the nearest "
+            f"is {ours!r}"
+        )
+    if context * batch > MOST:
+        raise SpecError(
+            f"context {context:,} x batch {batch:,}: bytes are counted for at most {MOST:,} tokens"
+        )
     if isinstance(dtype, str):
         if dtype not in DTYPES:
             raise SpecError(unknown("dtype", dtype, list(DTYPES)))
         dtype = getattr(torch, dtype)
     text = config.get_text_config(decoder=True)
     dtype = dtype or getattr(text, "dtype", None) or torch.float32
-    cache = build(spec, text, max_cache_len=context)
+    cache = _cache(spec, text, context)
     for layer, (H, Dk, Dv) in zip(cache.layers, kv_shapes(text, len(cache.layers)), strict=True):
+        if not isinstance(layer, CacheLayerMixin):  # a state, or nothing
+            continue
         key, value = (
             torch.empty(batch, H, context, D, dtype=dtype, device="meta") for D in (Dk, Dv)
         )
         if isinstance(layer, StaticLayer):  # all room is reserved ahead
             layer.lazy_initialization(key, value)
-        elif hasattr(layer, "lazy_initialization") and hasattr(layer, "crop"):
+        else:
             layer.update(key, value)
     return cache.nbytes()
+
+
+def _cache(spec: str | Strategy, config: PreTrainedConfig, context: int) -> Cache:
+    with contextlib.suppress(ImportError):
+        modeling(config)  # layers of a model's own are known to transformers once it is imported
+    try:
+        return build(spec, config, max_cache_len=context)
+    except KvplugError:
+        raise
+    except (AttributeError, KeyError, ValueError) as e:
+        raise SpecError(
+            f"transformers makes no cache from {type(config).__name__} alone "
+            f"({type(e).__name__}: {e})"
+        ) from e
 
 
 def kv_shapes(config: PreTrainedConfig, layers: int) -> list[tuple[int, int, int]]:
@@ -64,8 +96,7 @@ def kv_shapes(config: PreTrainedConfig, layers: int) -> list[tuple[int, int, int
 
 def _stores_latents(config: PreTrainedConfig) -> bool:
     """Whether the model stores latents and expands them after the cache: newer transformers do."""
-    module = modeling(config)
-    classes = (x for x in vars(module).values() if isinstance(x, type))
+    classes = (x for x in vars(modeling(config)).values() if isinstance(x, type))
     return any(hasattr(x, "expand_kv") for x in classes)
 
 
@@ -77,6 +108,8 @@ def _kv_shape(config: PreTrainedConfig) -> tuple[int, int, int]:
         config, "new_decoder_architecture", False
     ):
         kv_heads = 1
+    if not kv_heads:
+        raise SpecError(f"{type(config).__name__} does not say how many heads of attention it has")
     width = getattr(config, "head_dim", None) or config.hidden_size // heads
     if rope := getattr(config, "qk_rope_head_dim", None):  # multi-head latent attention
         if _stores_latents(config):

@@ -11,6 +11,7 @@ from __future__ import annotations
 import ast
 import dataclasses
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -93,6 +94,11 @@ def parse(spec: str, arguments: dict[str, Any] | None = None) -> Strategy:
     """
     if not isinstance(spec, str):
         raise SpecError(f"a cache strategy is a string such as 'int4+host', got {spec!r}")
+    if arguments is not None and not isinstance(arguments, Mapping):
+        raise SpecError(
+            f"cache_config holds the arguments of {spec!r} by name, as in {{'group': 32}}; "
+            f"got {arguments!r}"
+        )
     body = PRESETS.get(spec, spec.removeprefix(PREFIX))
     chosen: dict[str, tuple[type[Stage], dict[str, Any]]] = {}
     for name, given in _terms(body, spec):

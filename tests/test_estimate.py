@@ -6,6 +6,7 @@ import re
 import pytest
 import torch
 import transformers
+from huggingface_hub.errors import StrictDataclassError
 
 import kvplug
 from kvplug.cli import main
@@ -15,7 +16,7 @@ from kvplug.testing.tools import prompt, random_model
 
 SPECS = [
     "growing",
-    "static",
+    "kvplug:static",
     "static+int8(block=8)",
     "int8(block=8)",
     "int4(block=16, tail=16)",
@@ -87,6 +88,66 @@ def test_nothing_is_allocated():
     assert million > 1e12
 
 
+HYBRIDS = {
+    "qwen3 next": lambda: transformers.Qwen3NextConfig(num_hidden_layers=8),
+    "jamba": lambda: transformers.JambaConfig(),
+    "minimax": lambda: transformers.MiniMaxConfig(num_hidden_layers=4),
+    "nemotron": lambda: transformers.NemotronHConfig(),
+    "recurrent gemma": lambda: transformers.RecurrentGemmaConfig(num_hidden_layers=6),
+}
+
+
+@pytest.mark.parametrize("name", HYBRIDS)
+def test_hybrids_hold_what_their_attention_layers_hold(name):
+    config = HYBRIDS[name]()
+    layers = [type(x).__name__ for x in transformers.DynamicCache(config=config).layers]
+    full = layers.count("DynamicLayer")
+    sliding = layers.count("DynamicSlidingWindowLayer")
+    assert 0 < full + sliding < len(layers)
+    H = config.num_key_value_heads
+    D = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    held = kvplug.estimate("growing", config, context=64, dtype="float32")
+    assert held == pytest.approx((full + sliding) * 2 * H * D * 64 * 4, rel=0.01)
+
+
+def test_every_config_is_estimated_or_refused():
+    """Whatever the installed transformers can generate with, built by default."""
+    names = transformers.models.auto.modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    sizes, refused = {}, {}
+    for name in names:
+        try:
+            config = transformers.CONFIG_MAPPING[name]()
+        except StrictDataclassError:  # wants an argument
+            continue
+        for spec in ("growing", "kvplug:static"):
+            try:
+                sizes[name, spec] = kvplug.estimate(spec, config, context=64)
+            except kvplug.KvplugError as e:
+                refused[name, spec] = str(e)
+    assert len(sizes) > 200
+    assert all(sizes.values())
+    assert all(refused.values())
+
+
+@pytest.mark.parametrize(
+    ("name", "nearest"),
+    [("static", "kvplug:static"), ("quantized", "kvplug:quantized"), ("dynamic", "growing")],
+)
+def test_names_of_transformers_are_its_own_as_in_generate(name, nearest):
+    with pytest.raises(kvplug.SpecError, match=f"transformers' own, .* is '{nearest}'"):
+        kvplug.estimate(name, tiny_llama().config, context=10)
+    assert kvplug.estimate(nearest, tiny_llama().config, context=10)
+    strategy = kvplug.parse("static(max_cache_len=10)")
+    assert kvplug.estimate(strategy, tiny_llama().config, context=10), "an object is ours"
+
+
+@pytest.mark.parametrize("context", [10**13, 10**30])
+def test_more_tokens_than_can_be_counted(context):
+    with pytest.raises(kvplug.SpecError, match="at most"):
+        kvplug.estimate("growing", tiny_llama().config, context=context)
+    assert kvplug.estimate("growing", transformers.LlamaConfig(), context=1 << 40) > 1 << 50
+
+
 @pytest.fixture
 def folder(tmp_path):
     tiny_llama().config.save_pretrained(tmp_path)
@@ -125,6 +186,39 @@ def test_command_errors(folder, capsys, arguments, text):
     out = capsys.readouterr()
     assert text in out.err
     assert out.err.startswith("kvplug: ")
+
+
+def test_command_gives_the_reason_in_the_row(tmp_path, capsys):
+    """And goes on; only where every row is refused, that is an error."""
+    config = transformers.MistralConfig(**SMALL, num_key_value_heads=2, sliding_window=32)
+    config.save_pretrained(tmp_path)
+    arguments = ["estimate", "--model", str(tmp_path), "--context", "100"]
+    refused = ["kvplug:static+int8", "static"]
+    assert main([*arguments, *refused, "int8"]) == 0
+    _, coded, static, int8 = capsys.readouterr().out.splitlines()
+    assert re.match(r"kvplug:static\+int8 +refused: .*has no attention layer it could serve", coded)
+    assert re.match(r"static +refused: .*the nearest is 'kvplug:static'", static)
+    assert int8.endswith("x")
+    assert main([*arguments, *refused]) == 2
+
+
+def test_command_with_a_word_for_a_number(folder, capsys):
+    with pytest.raises(SystemExit) as e:
+        main(["estimate", "--model", folder, "--context", "abc"])
+    assert e.value.code == 2
+    assert "argument --context: 'abc' is not a whole number" in capsys.readouterr().err
+
+
+def test_command_with_a_huge_number(folder, capsys):
+    assert main(["estimate", "--model", folder, "--context", "9" * 30]) == 2
+    assert "bytes are counted for at most" in capsys.readouterr().err
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit) as e:
+        main(["--version"])
+    assert e.value.code == 0
+    assert capsys.readouterr().out == f"kvplug {kvplug.__version__}\n"
 
 
 @pytest.mark.parametrize("value", ["0", "-3"])

@@ -228,3 +228,11 @@ def test_nothing_in_a_spec_is_evaluated(tmp_path):
     with pytest.raises(kvplug.SpecError, match="is not a literal"):
         kvplug.parse(f"int4(group=open({str(target)!r}, 'w'))")
     assert not target.exists()
+
+
+@pytest.mark.parametrize("config", ["int4", ["group", 32], 0, []])
+def test_arguments_that_are_no_dict(config):
+    with pytest.raises(
+        kvplug.SpecError, match="cache_config holds the arguments of 'int4' by name"
+    ):
+        kvplug.parse("int4", config)

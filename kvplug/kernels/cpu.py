@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import threading
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -52,6 +53,7 @@ from .simd import (
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
+    from contextlib import AbstractContextManager
 
     from torch import Tensor
 
@@ -121,7 +123,7 @@ class Numba(Kernel):
         splits = _splits(B * H * row_tiles, -(-T // TILE), workers)
         width = -(-Dv // LANES) * LANES
         results = workers if splits == 1 else B * H * row_tiles * splits
-        with ONE_AT_A_TIME, _threads(workers) if workers != numba.get_num_threads() else AS_IT_IS:
+        with ONE_AT_A_TIME, _threads(workers):
             room = _room(workers * _scratch(Dk, width) + results * _partial(width))
             kernel(
                 (B, H, Q // H, S, Dk, Dv, width),
@@ -146,22 +148,30 @@ class Numba(Kernel):
 @cache
 def compiled() -> Callable:
     """The compiled kernel: from disk, or compiled now, which is said."""
+    kernel = _attend_alone if _forked else _attend
     threads = torch.get_num_threads()
     if not numba.config.DISABLE_JIT:
         notice = threading.Timer(2.0, logger.warning, (COMPILING,))
         notice.start()
         try:
-            _attend.compile(SIGNATURE)
+            kernel.compile(SIGNATURE)
         finally:
             notice.cancel()
+    if _forked:
+        logger.warning(ALONE)
+        return kernel
     numba.get_num_threads()  # starts Numba's pool, if compiling did not, ...
     torch.set_num_threads(threads)  # ... which sets the number of threads for all of OpenMP
-    return _attend
+    return kernel
 
 
 COMPILING = (
     "kvplug: compiling the CPU kernel: some 40 seconds, once per machine; "
     "`kvplug warmup` does it ahead of time"
+)
+ALONE = (
+    "kvplug: this process was forked from one whose CPU kernel had started its threads: it goes on "
+    "with one thread. Processes started by 'spawn' or 'forkserver', or forked before, have all"
 )
 
 # Numba's own thread pool, its choice where OpenMP is not there, ends the process when two threads
@@ -169,10 +179,34 @@ COMPILING = (
 ONE_AT_A_TIME = threading.Lock()
 AS_IT_IS = nullcontext()
 
+_forked = False  # whether the threads of the pool were left behind in another process
+
+
+def _after_fork() -> None:
+    """Go on in a child without the threads that only its parent has.
+
+    GNU OpenMP, the pool of Numba and of torch, does not start them anew: Numba would end the child,
+    torch would wait for ever.
+    """
+    global ONE_AT_A_TIME, _forked
+    ONE_AT_A_TIME = threading.Lock()  # a thread of the parent may hold the other
+    if compiled.cache_info().currsize:
+        _forked = True
+        compiled.cache_clear()
+        torch.set_num_threads(1)
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
+
+
+def _threads(n: int) -> AbstractContextManager[None]:
+    """As many threads as torch uses: its OpenMP pool is Numba's too, and keeps its size."""
+    return AS_IT_IS if _forked or n == numba.get_num_threads() else _set_threads(n)
+
 
 @contextmanager
-def _threads(n: int) -> Iterator[None]:
-    """As many threads as torch uses: its OpenMP pool is Numba's too, and keeps its size."""
+def _set_threads(n: int) -> Iterator[None]:
     before = numba.get_num_threads()
     numba.set_num_threads(min(n, numba.config.NUMBA_NUM_THREADS))
     try:
@@ -261,27 +295,50 @@ def _partial(width):
 @njit(parallel=True, nogil=True, cache=True, error_model="numpy")
 def _attend(shape, plan, query, scale, head, plain, coded, tail, mask, room_out_lse):
     """All of one call; `Numba.attend` says what the tuples hold."""
+    for worker in prange(plan[2]):
+        _work(worker, shape, plan, query, scale, head, plain, coded, tail, mask, room_out_lse)
+    _finish(shape, plan, room_out_lse)
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
+def _attend_alone(shape, plan, query, scale, head, plain, coded, tail, mask, room_out_lse):
+    """The same without threads."""
+    for worker in range(plan[2]):
+        _work(worker, shape, plan, query, scale, head, plain, coded, tail, mask, room_out_lse)
+    _finish(shape, plan, room_out_lse)
+
+
+@inlined
+def _work(worker, shape, plan, query, scale, head, plain, coded, tail, mask, room_out_lse):
+    """The tasks of a worker: groups of rows, or splits of these."""
     B, H, _, _, Dk, _, width = shape
     row_tiles, splits, workers = plan
     room, out, lse = room_out_lse
     partials = room + 4 * workers * _scratch(Dk, width)
     step = 4 * _partial(width)
-    groups = B * H * row_tiles
-    tasks = groups * splits
-    for worker in prange(workers):
-        scratch = room + 4 * worker * _scratch(Dk, width)
-        for task in range(worker * tasks // workers, (worker + 1) * tasks // workers):
-            group, split = task // splits, task % splits
-            results = partials + step * (worker if splits == 1 else task)
-            _attend_split(
-                shape, row_tiles, group, splits, split,
-                query, scale, head, plain, coded, tail, mask, scratch, results,
-            )  # fmt: skip
-            if splits == 1:
-                _merge(results, 1, shape, row_tiles, group, out, lse)
+    tasks = B * H * row_tiles * splits
+    scratch = room + 4 * worker * _scratch(Dk, width)
+    for task in range(worker * tasks // workers, (worker + 1) * tasks // workers):
+        group, split = task // splits, task % splits
+        results = partials + step * (worker if splits == 1 else task)
+        _attend_split(
+            shape, row_tiles, group, splits, split,
+            query, scale, head, plain, coded, tail, mask, scratch, results,
+        )  # fmt: skip
+        if splits == 1:
+            _merge(results, 1, shape, row_tiles, group, out, lse)
+
+
+@inlined
+def _finish(shape, plan, room_out_lse):
+    """Merge what the splits of each group have left."""
+    B, H, _, _, Dk, _, width = shape
+    row_tiles, splits, workers = plan
+    room, out, lse = room_out_lse
     if splits > 1:
-        for group in range(groups):
-            results = partials + step * group * splits
+        partials = room + 4 * workers * _scratch(Dk, width)
+        for group in range(B * H * row_tiles):
+            results = partials + 4 * _partial(width) * group * splits
             _merge(results, splits, shape, row_tiles, group, out, lse)
 
 

@@ -131,3 +131,11 @@ def test_flags_that_are_no_numbers_are_refused(capsys):
     assert "context=many: accepted are whole numbers" in capsys.readouterr().err
     assert main(["validate", "nowhere.toml"]) == 2
     assert "cannot read nowhere.toml" in capsys.readouterr().err
+
+
+def test_a_folder_is_no_config(tmp_path):
+    with pytest.raises(ConfigError, match="is a folder; a config is a TOML file"):
+        gather(tmp_path, {})
+    (tmp_path / "env.json").touch()
+    with pytest.raises(ConfigError, match="is a result folder, which `report` renders"):
+        gather(tmp_path, {})

@@ -158,3 +158,11 @@ def test_a_preset_without_the_hub_says_what_is_accepted(name, hub, monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     with pytest.raises(ConfigError, match="offline mode is enabled Accepted are wikitext-2, "):
         data.load(name)
+
+
+@pytest.mark.parametrize("suffix", [".bin", ".txt", ".csv", ".json", ".parquet"])
+def test_a_file_that_is_no_text(tmp_path, suffix):
+    path = tmp_path / f"noise{suffix}"
+    path.write_bytes(bytes(range(128, 256)) * 20)
+    with pytest.raises(ConfigError, match=r"noise\S*': .*A file is .csv, .* or a text in UTF-8"):
+        data.load(str(path))
