@@ -9,10 +9,13 @@ from .errors import (
     CacheOverflow,
     Evicted,
     KvplugError,
+    Mismatch,
     MissingExtra,
+    NoGradient,
     SpecError,
     UnknownHost,
     UnknownStage,
+    ViewError,
 )
 from .estimate import estimate
 from .hook import register, unregister
@@ -38,7 +41,9 @@ __all__ = [
     "Kernel",
     "KvplugError",
     "Layout",
+    "Mismatch",
     "MissingExtra",
+    "NoGradient",
     "Place",
     "Placement",
     "Retention",
@@ -47,6 +52,7 @@ __all__ = [
     "Strategy",
     "UnknownHost",
     "UnknownStage",
+    "ViewError",
     "add",
     "available",
     "build",

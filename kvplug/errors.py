@@ -6,7 +6,10 @@ KvplugError
 ├── UnknownHost (RuntimeError)    a strategy named on a transformers that kvplug does not know
 ├── MissingExtra (ImportError)    a stage whose optional dependency is not installed
 ├── CacheOverflow (ValueError)    more tokens than a static cache was built for
-└── Evicted (RuntimeError)        a rollback to tokens that are no longer kept
+├── Evicted (RuntimeError)        a rollback to tokens that are no longer kept
+├── Mismatch (ValueError)         another model, batch or dtype than a cache was filled with
+├── NoGradient (RuntimeError)     a gradient through a cache or kernel that has none
+└── ViewError (RuntimeError)      a view of the cache written to, or asked for its address
 """
 
 from difflib import get_close_matches
@@ -38,6 +41,18 @@ class CacheOverflow(KvplugError, ValueError):
 
 class Evicted(KvplugError, RuntimeError):
     """`crop` asked for tokens that retention has already dropped."""
+
+
+class Mismatch(KvplugError, ValueError):
+    """A cache was used with another model, batch or dtype than it was made for or filled with."""
+
+
+class NoGradient(KvplugError, RuntimeError):
+    """A gradient was wanted through what a cache has stored, or through a kernel without one."""
+
+
+class ViewError(KvplugError, RuntimeError):
+    """A view was written to, which would be lost, or asked for the address of its memory."""
 
 
 def unknown(what: str, value: object, accepted: list[str], note: str = "") -> str:
