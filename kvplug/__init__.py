@@ -9,11 +9,14 @@ from .errors import (
     CacheOverflow,
     Evicted,
     KvplugError,
+    Mismatch,
     MissingExtra,
+    NoGradient,
     NoRoom,
     SpecError,
     UnknownHost,
     UnknownStage,
+    ViewError,
 )
 from .estimate import estimate
 from .hook import register, unregister
@@ -39,7 +42,9 @@ __all__ = [
     "Kernel",
     "KvplugError",
     "Layout",
+    "Mismatch",
     "MissingExtra",
+    "NoGradient",
     "NoRoom",
     "Place",
     "Placement",
@@ -49,6 +54,7 @@ __all__ = [
     "Strategy",
     "UnknownHost",
     "UnknownStage",
+    "ViewError",
     "add",
     "available",
     "build",

@@ -3,15 +3,27 @@
 from __future__ import annotations
 
 import copy
+from contextlib import nullcontext
 from typing import TYPE_CHECKING
+
+import torch
+
+from .gradients import recorded
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from contextlib import AbstractContextManager
 
-    import torch
     from torch import Tensor
 
     from .placement.base import Place
+
+
+def lasting() -> AbstractContextManager:
+    """Where to make tensors that change later: those of `torch.inference_mode` may not outside."""
+    if torch.is_inference_mode_enabled():
+        return torch.inference_mode(False)
+    return nullcontext()
 
 
 class Buffer:
@@ -20,6 +32,9 @@ class Buffer:
     A row is a token (keys and values as they came) or an encoded block. What `read` returned stays
     valid until the next `append`: rows move only there, and only towards the front. With `steady`
     it stays valid after that too: rows move to fresh memory only.
+
+    Rows that autograd records are concatenated instead, so that the graph of earlier ones stays
+    whole; once nothing is recorded, what is held is copied out of the graph.
     """
 
     def __init__(
@@ -48,6 +63,12 @@ class Buffer:
     def append(self, rows: dict[str, Tensor]) -> None:
         """Add rows [B, H, n, ...] at the end; amortised, a constant number of copies per row."""
         n = next(iter(rows.values())).shape[2]
+        held = self.tensors.values()
+        if recorded(*rows.values(), *held):
+            self._concatenate(rows)
+            return
+        if any(x.requires_grad for x in held):
+            self._reallocate(self.capacity, self.tensors)
         if self.end + n > self.capacity:
             self._make_room(n, rows)
         for name, x in rows.items():
@@ -88,6 +109,14 @@ class Buffer:
         self.tensors, self.start, self.end = {}, 0, 0
         self._latest = ((), {})
 
+    def _concatenate(self, rows: dict[str, Tensor]) -> None:
+        live = self.read()
+        self.tensors = {
+            name: torch.cat((live[name], x) if live else (x,), dim=2) for name, x in rows.items()
+        }
+        self.start, self.end = 0, next(iter(self.tensors.values())).shape[2]
+        self._latest = ((), {})
+
     def _make_room(self, n: int, rows: dict[str, Tensor]) -> None:
         live = len(self)
         if self.start >= max(n, self.unit, live // 8):  # enough idle room in front: close the gap
@@ -108,10 +137,11 @@ class Buffer:
 
     def _reallocate(self, capacity: int, like: dict[str, Tensor]) -> None:
         live = self.read()
-        self.tensors = {
-            name: self.place.empty((*x.shape[:2], capacity, *x.shape[3:]), x.dtype, self.device)
-            for name, x in like.items()
-        }
+        with lasting():
+            self.tensors = {
+                name: self.place.empty((*x.shape[:2], capacity, *x.shape[3:]), x.dtype, self.device)
+                for name, x in like.items()
+            }
         self._latest = ((), {})
         for name, x in live.items():
             self.tensors[name][:, :, : len(self)] = x

@@ -26,7 +26,7 @@ from .compat import (
     LinearAttentionAndSlidingWindowAttentionLayer,
     LinearAttentionLayer,
 )
-from .errors import CacheOverflow, SpecError
+from .errors import CacheOverflow, Mismatch, SpecError
 from .kernels.reference import Reference
 from .layer import Layer
 from .probe import positions_depend_on_images
@@ -133,10 +133,35 @@ class Cache(transformers.Cache):
                 "would be turned wrongly; use 'window'"
             )
 
+    def check_layers(self, config: PreTrainedConfig) -> None:
+        """Raise Mismatch where a model of this config has another number of layers."""
+        theirs = len(transformers.DynamicCache(config=config.get_text_config(decoder=True)).layers)
+        if theirs != len(self.layers):
+            raise Mismatch(
+                f"this cache has {len(self.layers)} layers and {type(config).__name__} has "
+                f"{theirs}: build one with the config of this model"
+            )
+
+    def deactivate_past_recording(self) -> None:
+        """End `activate_past_recording`: what it held back is encoded, or dropped, as ever."""
+        for layer in self.layers:
+            if hasattr(layer, "deactivate_past_recording"):
+                layer.deactivate_past_recording()
+            elif hasattr(layer, "record_past"):  # transformers' own, which `crop` has restricted
+                layer.record_past = False
+
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Add tokens to a layer (see `Layer.update`) while the next layer fetches its blocks."""
+        """Add tokens to a layer (see `Layer.update`) while the next layer fetches its blocks.
+
+        Raises Mismatch where the model has more layers than this cache.
+        """
+        if layer_idx >= len(self.layers):
+            raise Mismatch(
+                f"this cache has {len(self.layers)} layers and the model asks for number "
+                f"{layer_idx + 1}: build one with the config of this model"
+            )
         if self.strategy.placement.name != "device":
             following = self.layers[(layer_idx + 1) % len(self.layers)]
             if isinstance(following, Layer):

@@ -109,10 +109,12 @@ def reads_dense_only(config: Any) -> bool:
 VALIDATE = "validate"  # of GenerationConfig; this and below of GenerationMixin
 PREPARE_CONFIG = "_prepare_generation_config"
 PREPARE_CACHE = "_prepare_cache_for_generation"
+ASSISTED = "_assisted_decoding"
 PARAMETERS = {
     VALIDATE: ("self",),
     PREPARE_CONFIG: ("self", "generation_config"),
     PREPARE_CACHE: ("self", "generation_config", "model_kwargs", "max_cache_length"),
+    ASSISTED: ("self",),
 }
 CONFIG_FIELDS = (
     "cache_implementation",

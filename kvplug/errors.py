@@ -7,7 +7,10 @@ KvplugError
 ├── MissingExtra (ImportError)    a stage whose optional dependency is not installed
 ├── CacheOverflow (ValueError)    more tokens than a static cache was built for
 ├── Evicted (RuntimeError)        a rollback to tokens that are no longer kept
-└── NoRoom (OSError)              the folder of `disk` cannot take more of a cache
+├── NoRoom (OSError)              the folder of `disk` cannot take more of a cache
+├── Mismatch (ValueError)         another model, batch or dtype than a cache was filled with
+├── NoGradient (RuntimeError)     a gradient through a cache or kernel that has none
+└── ViewError (RuntimeError)      a view of the cache written to, or asked for its address
 """
 
 from difflib import get_close_matches
@@ -43,6 +46,18 @@ class Evicted(KvplugError, RuntimeError):
 
 class NoRoom(KvplugError, OSError):
     """The folder of `disk` cannot take more: `errno` says why, `filename` is the folder."""
+
+
+class Mismatch(KvplugError, ValueError):
+    """A cache was used with another model, batch or dtype than it was made for or filled with."""
+
+
+class NoGradient(KvplugError, RuntimeError):
+    """A gradient was wanted through what a cache has stored, or through a kernel without one."""
+
+
+class ViewError(KvplugError, RuntimeError):
+    """A view was written to, which would be lost, or asked for the address of its memory."""
 
 
 def unknown(what: str, value: object, accepted: list[str], note: str = "") -> str:

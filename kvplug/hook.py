@@ -1,10 +1,11 @@
 """The only file that changes transformers: strategies as `cache_implementation` of `generate`.
 
-Three methods are wrapped. `GenerationConfig.validate` accepts our names;
+Four methods are wrapped. `GenerationConfig.validate` accepts our names;
 `GenerationMixin._prepare_cache_for_generation` lets transformers prepare its own cache and puts
 ours in the place of the decoder's; `_prepare_generation_config`, the first that knows model and
-name, sees to it that a model which prepares its cache by code of its own is watched. Calls that
-name no strategy of ours go through unchanged.
+name, sees to it that a model which prepares its cache by code of its own is watched;
+`_assisted_decoding` is followed by the end of past recording, which transformers leaves on in the
+cache it hands back. Calls that name no strategy of ours go through unchanged.
 
 The assistant of assisted decoding caches by the name that transformers gives it: up to 5.23 the
 target's, from 5.24 on what its own `generation_config.cache_implementation` says.
@@ -45,6 +46,7 @@ def register() -> None:
     _wrap(GenerationConfig, compat.VALIDATE, _validate)
     _wrap(GenerationMixin, compat.PREPARE_CONFIG, _prepare_config)
     _wrap(GenerationMixin, compat.PREPARE_CACHE, _prepare)
+    _wrap(GenerationMixin, compat.ASSISTED, _assisted)
 
 
 def unregister() -> None:
@@ -185,6 +187,7 @@ def _prepare(original: Any) -> Any:
         if not ours or given is not None:
             own = _decoder_cache(given)
             if isinstance(own, Cache):
+                own.check_layers(self.config)
                 own.check_room(reserve)
                 tell(own)
                 if own is not given:
@@ -239,6 +242,19 @@ def _put(model_kwargs: dict, theirs: Any, ours: Any) -> None:
     """Our cache under the name that theirs has among a model's arguments."""
     slot = next(key for key, value in model_kwargs.items() if value is theirs)
     model_kwargs[slot] = ours
+
+
+def _assisted(original: Any) -> Any:
+    @functools.wraps(original)
+    def _assisted_decoding(self: GenerationMixin, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return original(self, *args, **kwargs)
+        finally:
+            for cache in map(_decoder_cache, kwargs.values()):
+                if isinstance(cache, Cache):
+                    cache.deactivate_past_recording()
+
+    return _assisted_decoding
 
 
 def _without_ours(config: GenerationConfig, static: bool) -> GenerationConfig:

@@ -9,10 +9,11 @@ import torch
 from .buffer import Buffer
 from .compat import CacheLayerMixin
 from .errors import CacheOverflow, Evicted
+from .gradients import recorded, refuse, refuse_training
 from .pins import Pins
 from .placement.device import OnDevice
 from .retention.base import Scored
-from .rows import RowOperations
+from .rows import RowOperations, check_alike
 from .stored import Stored
 from .view import views
 
@@ -33,13 +34,13 @@ class Layer(RowOperations, CacheLayerMixin):
     New tokens go to the tail, in full precision; once attention has seen them, whole blocks leave
     it: they are encoded once, placed once, and never touched again. `update` returns views that a
     kernel reads. With `exact` on the device no block is ever cut, and it returns plain tensors,
-    but where a kernel reads these faster than torch does.
+    but where a kernel reads these, or pinned tokens before them, faster than torch does.
 
     Columns count tokens from the start of the sequence, padding included. `Physical` columns are
     those still stored: blocks first, tail last, the newest token always the last one. Visible
     columns, those a query may see, are a suffix of them; where retention pins the first tokens,
-    these stand in the place of the oldest visible columns, so that the mask transformers builds for
-    a plain suffix is right for every kind of retention.
+    these are read in the place of the oldest visible columns, so that the mask transformers builds
+    for a plain suffix is right for every kind of retention.
     """
 
     is_compileable = False
@@ -58,15 +59,12 @@ class Layer(RowOperations, CacheLayerMixin):
         self.blocked = strategy.codec.name != "exact" or strategy.placement.name != "device"
         self.pins = Pins(strategy.retention.first, rotation) if strategy.retention.first else None
         self.padding: Tensor | None = None  # [B] leading padding tokens of each row
-        self.record_past = False
         self._forget()
 
     def _forget(self) -> None:
-        self.is_initialized = False
+        self.is_initialized = self.record_past = False
         self.seen = 0
         self._since_eviction = 0  # tokens that retention has not judged yet
-        # first column, keys and values of what pins stand upon
-        self._overlay: tuple[int, Tensor, Tensor] | None = None
         self._fetched: dict[str, Tensor] | None = None  # blocks under way to the device
 
     # --- what transformers calls in a forward pass
@@ -101,29 +99,42 @@ class Layer(RowOperations, CacheLayerMixin):
             key_states: [B, H, S, Dk], rotated where the model rotates.
             value_states: [B, H, S, Dv].
 
-        Both are stored without their gradient: a cache is for inference.
-
         Returns:
             keys [B, H, T, Dk] and values [B, H, T, Dv], T as `get_mask_sizes` announced: tensors,
             or views of what is stored. The S new tokens are in full precision, those before as they
             are stored.
 
+            They stay what they are until the next `update` of this layer, whatever else is done to
+            it: attention must have read them by then, and who wants them longer clones them.
+
+            While gradients are recorded, an exact cache on the device keeps the graph of what it
+            stores, as DynamicCache does, until `reset`, or until those tokens leave or come to be
+            read without gradients; other caches store the numbers alone, and refuse.
+
         Raises:
             CacheOverflow: a static layout has no room for S more tokens.
+            Mismatch: another batch, dtype, device or number of heads than that of the tokens held.
+            NoGradient: a cache that passes none, in training mode; in evaluation mode it is the
+                backward pass that raises it.
         """
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        key_states, value_states = key_states.detach(), value_states.detach()
+        new = key_states, value_states
         S = key_states.shape[-2]
+        if held := self.tail.tensors:
+            check_alike((held["k"], held["v"]), new)
         self._check_room(S)
         first = self._first_visible()
-        self._lift_pins()
+        graph = None
+        if self.blocked and recorded(*new):
+            refuse_training(self.strategy)
+            graph, new = new, (key_states.detach(), value_states.detach())
         if self.seen < self._last_pin:
-            self.pins.capture(key_states, value_states, self.seen, self.padding)
-        self.tail.append({"k": key_states, "v": value_states})
+            self.pins.capture(*new, self.seen, self.padding)
+        self.tail.append({"k": new[0], "v": new[1]})
         self.seen += S
         self._since_eviction += S
-        visible = self._visible(first, S)
+        visible = self._visible(first, S, graph)
         if not self.record_past:
             self._settle()
         return visible
@@ -158,22 +169,19 @@ class Layer(RowOperations, CacheLayerMixin):
     @property
     def keys(self) -> Tensor | None:
         """The keys a next query can see, dense [B, H, T, Dk], a copy; None before any token."""
-        return self._dense()[0] if self.seen else None
+        return self._dense(0) if self.seen else None
 
     @property
     def values(self) -> Tensor | None:
         """The values a next query can see, dense [B, H, T, Dv], a copy; None before any token."""
-        return self._dense()[1] if self.seen else None
+        return self._dense(1) if self.seen else None
 
-    def _dense(self) -> tuple[Tensor, Tensor]:
-        self._lift_pins()
+    def _dense(self, side: int) -> Tensor:
         first = self._first_visible()
-        keys, values = (x.clone() for x in self._read(first, self.seen))
-        if self._pinned(first):
-            n = self.pins.count
-            own = keys[:, :, :n], values[:, :, :n]
-            keys[:, :, :n], values[:, :, :n] = self.pins.at(first, self.padding, lambda: own)
-        return keys, values
+        if not self._pinned(first):
+            return self._read(first, self.seen, side).clone()
+        start = first + self.pins.count
+        return torch.cat((self._pins(first)[side], self._read(start, self.seen, side)), dim=2)
 
     # --- transformers' API
 
@@ -184,8 +192,18 @@ class Layer(RowOperations, CacheLayerMixin):
             self.padding = padding.to(self.device)
 
     def activate_past_recording(self) -> None:
-        """From now on encode and drop nothing until `crop`, so that a rollback leaves no trace."""
+        """From now on encode and drop nothing until `crop`, so that a rollback leaves no trace.
+
+        Until `deactivate_past_recording` or `reset`; the hook calls the former when assisted
+        decoding hands a cache back.
+        """
         self.record_past = True
+
+    def deactivate_past_recording(self) -> None:
+        """Encode and drop again, beginning with what recording has held back."""
+        self.record_past = False
+        if self.is_initialized:
+            self._settle()
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the newest `-tokens_to_remove` tokens; settle what recording has held back.
@@ -201,7 +219,6 @@ class Layer(RowOperations, CacheLayerMixin):
         n = removed(tokens_to_remove, self.seen)
         if not self.is_initialized:
             return
-        self._lift_pins()
         self._check_rollback(n)
         while n > len(self.tail):
             self._reopen_last_block()
@@ -223,7 +240,6 @@ class Layer(RowOperations, CacheLayerMixin):
     def _map(self, change: Callable[[Tensor], Tensor]) -> None:
         if not self.is_initialized:
             return
-        self._lift_pins()
         self.tail.map(change)
         self.blocks.map(change)
         self.padding = change(self.padding)
@@ -254,43 +270,63 @@ class Layer(RowOperations, CacheLayerMixin):
         """Whether pins stand at the columns `first` and on."""
         return self.pins is not None and first > 0
 
-    def _visible(self, first: int, S: int) -> tuple[Tensor, Tensor]:
-        """Keys and values from column `first` on, pins in their place."""
+    def _pins(self, first: int) -> tuple[Tensor, Tensor]:
+        """Keys and values [B, H, count, D] of the pins, as they stand at columns `first` and on."""
+        last = first + self.pins.count
+
+        def own() -> tuple[Tensor, Tensor]:
+            return self._read(first, last, 0), self._read(first, last, 1)
+
+        return self.pins.at(first, self.padding, own)
+
+    def _visible(
+        self, first: int, S: int, graph: tuple[Tensor, Tensor] | None
+    ) -> tuple[Tensor, Tensor]:
+        """Keys and values from column `first` on, pins in their place.
+
+        graph: the new tokens, where autograd records them and what is stored passes no gradient.
+        """
         head, start = None, first
         if self._pinned(first):
-            if not self.blocked:
-                self._lay_pins(first)
-            else:
-                start = first + self.pins.count
-                head = self.pins.at(first, self.padding, lambda: self._read(first, start))
+            head, start = self._pins(first), first + self.pins.count
         blocks, skip = self._blocks_from(start)
-        tail = self.tail.read(max(0, start - self._tail_start()))
-        if head is None and not blocks and not self._kernel_reads_plain(S, tail["k"].shape[2]):
-            return tail["k"], tail["v"]
-        stored = Stored(self.strategy.codec, head, blocks, skip, (tail["k"], tail["v"]))
-        return views(stored, self.kernel, self.stats)
+        rows = self.tail.read(max(0, start - self._tail_start()))
+        tail = rows["k"], rows["v"]
+        if graph is not None:
+            tail = refuse(self.strategy, graph, tail)
+        stored = Stored(self.strategy.codec, head, blocks, skip, tail)
+        if blocks or self._kernel_reads(S, stored):
+            return views(stored, self.kernel, self.stats)
+        return stored.dense()
 
-    def _kernel_reads_plain(self, S: int, T: int) -> bool:
-        wanted = self.kernel.reads_plain(S, T)
-        # real tensors for autograd and for the compiler
-        return wanted and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    def _kernel_reads(self, S: int, stored: Stored) -> bool:
+        """Whether to leave tokens that are all as they came to the kernel, rather than to torch."""
+        if recorded(*stored.tail) or torch.compiler.is_compiling():
+            return False  # real tensors for autograd and for the compiler
+        reads = self.kernel.reads_plain if stored.is_plain else self.kernel.reads_pinned
+        return reads(S, stored.length)
 
-    def _read(self, begin: int, end: int) -> tuple[Tensor, Tensor]:
-        """Columns begin:end, decoded where encoded, without pins: [B, H, end - begin, D]."""
-        blocks, skip = self._blocks_from(begin)
+    def _read(self, begin: int, end: int, side: int) -> Tensor:
+        """Columns begin:end of keys (0) or values (1), decoded, without pins: [B, H, n, D]."""
+        blocks, skip = self._blocks_from(begin, end)
         tail_start = self._tail_start()
         tail = self.tail.read(max(0, begin - tail_start), max(0, end - tail_start))
-        if not blocks:
-            return tail["k"], tail["v"]
-        dense = Stored(self.strategy.codec, None, blocks, skip, (tail["k"], tail["v"])).dense()
-        return dense[0][:, :, : end - begin], dense[1][:, :, : end - begin]
+        stored = Stored(self.strategy.codec, None, blocks, skip, (tail["k"], tail["v"]))
+        return stored.side(side)[:, :, : end - begin]
 
-    def _blocks_from(self, column: int) -> tuple[dict[str, Tensor], int]:
-        """Blocks, on the device, from the one with `column` on; how many of its tokens precede."""
+    def _blocks_from(self, column: int, end: int | None = None) -> tuple[dict[str, Tensor], int]:
+        """Blocks, on the device, from the one with `column` on; how many of its tokens precede.
+
+        end: the first column that is not wanted; None: all blocks, which may be under way.
+        """
         if column >= self._tail_start():
             return {}, 0
-        n, skip = divmod(column - self._first_stored(), self.strategy.codec.block)
-        if self._fetched is None:
+        block = self.strategy.codec.block
+        n, skip = divmod(column - self._first_stored(), block)
+        if end is not None:
+            last = -((self._first_stored() - end) // block)  # rounded up
+            blocks = self.blocks.read(n, min(last, len(self.blocks)))
+        elif self._fetched is None:
             blocks = self.blocks.read(n)
         else:
             blocks, self._fetched = {k: x[:, :, n:] for k, x in self._fetched.items()}, None
@@ -357,30 +393,6 @@ class Layer(RowOperations, CacheLayerMixin):
         limit = self.strategy.layout.limit
         if limit is not None and self.seen + S > limit:
             raise CacheOverflow(overflow(limit, self.seen, S))
-
-    # --- pins in the tail
-
-    def _lay_pins(self, first: int) -> None:
-        """Write the pins over the columns right before the window: one slice then holds both."""
-        row = first - self._tail_start()
-        under = self.tail.read(row, row + self.pins.count)
-        self._overlay = (first, under["k"].clone(), under["v"].clone())
-        keys, values = self.pins.at(first, self.padding, lambda: self._overlay[1:])
-        under["k"].copy_(keys)
-        under["v"].copy_(values)
-
-    def _lift_pins(self) -> None:
-        """Undo `_lay_pins` where its columns are still stored."""
-        if self._overlay is None:
-            return
-        column, keys, values = self._overlay
-        self._overlay = None
-        gone = max(0, self._tail_start() - column)  # columns of the overlay that were dropped since
-        if gone < keys.shape[2]:
-            row = column + gone - self._tail_start()
-            under = self.tail.read(row, row + keys.shape[2] - gone)
-            under["k"].copy_(keys[:, :, gone:])
-            under["v"].copy_(values[:, :, gone:])
 
 
 def removed(tokens_to_remove: int, seen: int) -> int:

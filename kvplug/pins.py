@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from .buffer import lasting
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -39,8 +41,9 @@ class Pins:
         column = padding[:, None] + pins - seen  # [B, count], among the new tokens
         here = ((column >= 0) & (column < keys.shape[2]))[:, None, :, None]
         column = column.clamp(0, keys.shape[2] - 1)[:, None, :, None]
-        self.keys = torch.where(here, _gather(keys, column), self.keys)
-        self.values = torch.where(here, _gather(values, column), self.values)
+        with lasting():
+            self.keys = torch.where(here, _gather(keys, column), self.keys)
+            self.values = torch.where(here, _gather(values, column), self.values)
 
     def at(
         self, column: int, padding: Tensor, own: Callable[[], tuple[Tensor, Tensor]]
@@ -51,10 +54,11 @@ class Pins:
             are such rows.
         """
         by = column - padding
-        keys, values = (
-            x if rotation is None else rotation.shift(x, by)
-            for x, rotation in zip((self.keys, self.values), self.turn, strict=True)
-        )
+        with lasting():  # a rotation remembers its angles
+            keys, values = (
+                x if rotation is None else rotation.shift(x, by)
+                for x, rotation in zip((self.keys, self.values), self.turn, strict=True)
+            )
         overflowed = by > 0
         if not bool(overflowed.all()):
             own_keys, own_values = own()

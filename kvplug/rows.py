@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from .buffer import lasting
+from .errors import Mismatch
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -32,4 +35,25 @@ class RowOperations:
 def rebatch(x: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:
     """`change` of x, in place where B stays: a compiled graph knows the address."""
     new = change(x)
-    return x.copy_(new) if new.shape == x.shape else new
+    if new.shape == x.shape:
+        return x.copy_(new)
+    with lasting():
+        return new.clone() if new.is_inference() else new
+
+
+def check_alike(held: tuple[Tensor, Tensor], new: tuple[Tensor, Tensor]) -> None:
+    """Raise Mismatch where new keys and values [B, H, S, D] cannot stand beside those held."""
+    for side, old, x in zip(("keys", "values"), held, new, strict=True):
+        for what, a, b in (
+            ("batch size", old.shape[0], x.shape[0]),
+            ("heads", old.shape[1], x.shape[1]),
+            ("head_dim", old.shape[-1], x.shape[-1]),
+            ("dtype", old.dtype, x.dtype),
+            ("device", old.device, x.device),
+        ):
+            if a != b:
+                raise Mismatch(
+                    f"this cache holds {side} of {what} {a} and cannot take {side} of {what} {b}: "
+                    "reset it, or build another; batch_select_indices and batch_repeat_interleave "
+                    "change the rows of what it holds"
+                )

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from .buffer import lasting
 from .compat import StaticLayer as TransformersStaticLayer
 from .errors import CacheOverflow
+from .gradients import recorded, refuse, refuse_training
 from .layer import overflow, removed
-from .rows import RowOperations, rebatch
+from .rows import RowOperations, check_alike, rebatch
 from .stored import Stored
 from .view import views
 
@@ -32,20 +36,44 @@ class StaticLayer(RowOperations, TransformersStaticLayer):
     is_croppable = True
 
     def __init__(self, strategy: Strategy, stats: Stats) -> None:
-        super().__init__(max_cache_len=strategy.layout.limit)
+        with lasting():
+            super().__init__(max_cache_len=strategy.layout.limit)
         self.strategy, self.stats = strategy, stats
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Add tokens [B, H, S, D]; return columns [B, H, T, D] as `get_mask_sizes` announced."""
+        """Add tokens [B, H, S, D]; return columns [B, H, T, D] as `get_mask_sizes` announced.
+
+        What it returns, gradients and errors are as `Layer.update` says; but that changes of the
+        batch write to the room in place, and with it to what was returned before.
+        """
         if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
+            with lasting():
+                self.lazy_initialization(key_states, value_states)
+        check_alike(self._held(), (key_states, value_states))
         self._check_room(key_states.shape[-2])
-        return self._append(key_states.detach(), value_states.detach())
+        return self._append(key_states, value_states)
+
+    def _held(self) -> tuple[Tensor, Tensor]:
+        return self.keys, self.values
 
     def _append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        held = self.keys, self.values
+        if recorded(keys, values, *held):  # to fresh room: the graph of earlier tokens stays whole
+            S = keys.shape[-2]
+            position = torch.arange(S, device=self.device) + self.cumulative_length
+            self.keys = self.keys.index_copy(2, position, keys)
+            self.values = self.values.index_copy(2, position, values)
+            self.cumulative_length.add_(S)
+            return self.keys, self.values
+        self._leave_graph()
         return super().update(keys, values)  # all room: transformers' mask hides what is empty
+
+    def _leave_graph(self) -> None:
+        if any(x.requires_grad for x in self._held()):
+            with lasting():
+                self.keys, self.values = (x.detach().clone() for x in self._held())
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """All room, from column 0."""
@@ -63,6 +91,14 @@ class StaticLayer(RowOperations, TransformersStaticLayer):
     def reset(self) -> None:
         """Forget all tokens; the room stays, at the address a compiled graph knows."""
         self.cumulative_length.zero_()
+        if self.is_initialized:
+            self._leave_graph()
+
+    def __deepcopy__(self, memo: dict) -> StaticLayer:
+        twin = memo[id(self)] = copy.copy(self)
+        with lasting():
+            vars(twin).update(copy.deepcopy(vars(self), memo))
+        return twin
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> None:
         if self.is_initialized:
@@ -118,7 +154,8 @@ class StaticCodedLayer(StaticLayer):
     def __init__(self, strategy: Strategy, stats: Stats) -> None:
         # not super().__init__: it would assign keys and values, which are decoded on demand here
         self.strategy, self.stats, self.max_cache_len = strategy, stats, strategy.layout.limit
-        self.cumulative_length = torch.tensor(0)
+        with lasting():
+            self.cumulative_length = torch.tensor(0)
         self.is_initialized = self.record_past = False
         # keys and values that the tail has no room for while the past is recorded
         self.waiting: list[Tensor] | None = None
@@ -154,16 +191,12 @@ class StaticCodedLayer(StaticLayer):
     @property
     def keys(self) -> Tensor | None:
         """The keys held, dense [B, H, T, Dk], a copy; None before the first token."""
-        return (
-            self._stored(self._rest()).dense()[0] if self.is_initialized and self.held() else None
-        )
+        return self._stored(self._rest()).side(0) if self.is_initialized and self.held() else None
 
     @property
     def values(self) -> Tensor | None:
         """The values held, dense [B, H, T, Dv], a copy; None before the first token."""
-        return (
-            self._stored(self._rest()).dense()[1] if self.is_initialized and self.held() else None
-        )
+        return self._stored(self._rest()).side(1) if self.is_initialized and self.held() else None
 
     def activate_past_recording(self) -> None:
         """From now on encode nothing until `crop`, so that a rollback leaves no trace."""
@@ -222,12 +255,24 @@ class StaticCodedLayer(StaticLayer):
         blocks = {name: x[:, :, : int(self.block_count)] for name, x in self.blocks.items()}
         return Stored(self.strategy.codec, None, blocks, 0, tuple(tail), empty)
 
+    def _held(self) -> tuple[Tensor, Tensor]:
+        return self.tail[0], self.tail[1]
+
     def _append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        graph = None
+        if recorded(keys, values):
+            if not torch.compiler.is_compiling():
+                refuse_training(self.strategy)
+            graph, keys, values = (keys, values), keys.detach(), values.detach()
         if torch.compiler.is_compiling():
             one = keys.shape[2] == 1 and not self.record_past
             step = self._compiled_step if one else self._step_between_graphs
-            return step(keys, values)
+            dense = step(keys, values)
+            return dense if graph is None else refuse(self.strategy, graph, dense)
         stored = self._add(keys, values)
+        if graph is not None:
+            tail = refuse(self.strategy, graph, stored.tail)
+            stored = dataclasses.replace(stored, tail=tail)
         if not (stored.blocks and stored.block_count) and not stored.empty:
             return stored.tail
         kernel = self.strategy.kernel.resolve(stored.codec, self.device, self.dtype)

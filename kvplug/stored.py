@@ -72,15 +72,18 @@ class Stored:
         if self.tail[0].shape[2]:
             yield self.tail
 
-    def dense(self) -> tuple[Tensor, Tensor]:
-        """Keys [B, H, T, Dk] and values [B, H, T, Dv], decoded, in the model's dtype."""
+    def side(self, side: int) -> Tensor:
+        """Keys (0) or values (1) alone, [B, H, T, D], decoded, in the model's dtype."""
+        tail = self.tail[side]
         if self.is_plain:
-            return self.tail
-        keys, values = (
-            list(side) for side in zip(*self.pieces(max(self.block_count, 1)), strict=True)
-        )
-        return self._join(keys, self.tail[0]), self._join(values, self.tail[1])
+            return tail
+        pieces = [self.head[side]] if self.head else []
+        if self.block_count:
+            decoded = self.codec.decode_side(self.blocks, side).flatten(2, 3)
+            pieces.append(decoded[:, :, self.skip :].to(tail.dtype))
+        empty = tail.new_zeros(*tail.shape[:2], self.empty, tail.shape[-1])
+        return torch.cat([*pieces, tail, empty], dim=2)
 
-    def _join(self, pieces: list[Tensor], like: Tensor) -> Tensor:
-        empty = like.new_zeros(*like.shape[:2], self.empty, like.shape[-1])
-        return torch.cat([*(x.to(like.dtype) for x in pieces), empty], dim=2)
+    def dense(self) -> tuple[Tensor, Tensor]:
+        """Both sides."""
+        return self.side(0), self.side(1)

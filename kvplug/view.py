@@ -3,8 +3,9 @@
 `Layer.update` returns a `KeyView` and a `ValueView`. The model's attention code handles them like
 tensors until it calls `scaled_dot_product_attention`, where a kernel reads the encoded blocks. Head
 repetition for grouped queries (`repeat_kv`, `enable_gqa`: it differs between versions of
-transformers) is followed, not carried out. Anything else done to a view materialises the dense
-tensor: always correct, counted in `stats()`, logged once.
+transformers) is followed, not carried out. Anything else that reads a view materialises the dense
+tensor of its side: always correct, counted in `stats()`, logged once. What a dense copy cannot do
+raises ViewError: being written to, and having an address.
 """
 
 from __future__ import annotations
@@ -12,7 +13,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from .errors import NoGradient, ViewError
+from .gradients import recorded
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -23,11 +27,36 @@ if TYPE_CHECKING:
 
 SDPA = torch.nn.functional.scaled_dot_product_attention
 # questions about a tensor that its content does not answer
-PROPERTIES = ("shape", "dtype", "device", "ndim", "layout", "requires_grad", "is_cuda", "is_meta")
-METHODS = ("size", "dim", "numel", "__len__", "is_floating_point", "element_size")
+PROPERTIES = (
+    *("shape", "dtype", "device", "ndim", "layout", "itemsize", "nbytes", "output_nr", "name"),
+    *("requires_grad", "is_leaf", "retains_grad", "grad", "grad_fn", "_version", "_base"),
+    *("is_cpu", "is_cuda", "is_meta", "is_mps", "is_xpu", "is_xla", "is_mtia"),
+    *("is_sparse", "is_sparse_csr", "is_quantized", "is_nested", "is_mkldnn"),
+)
+METHODS = (
+    *("size", "dim", "ndimension", "numel", "nelement", "__len__", "element_size", "type"),
+    *("stride", "storage_offset", "is_contiguous", "dim_order", "get_device"),
+    *("is_floating_point", "is_complex", "is_signed", "is_inference", "is_conj", "is_neg"),
+    *("is_shared", "is_distributed", "_is_view"),
+)
 METADATA = {
     *(getattr(torch.Tensor, name).__get__ for name in PROPERTIES),
     *(getattr(torch.Tensor, name) for name in METHODS),
+    *(torch.is_floating_point, torch.is_complex, torch.is_signed, torch.is_inference),
+    *(torch.is_conj, torch.is_neg, torch.numel),
+}
+# what gives an address, or what is asked for one; NumPy and DLPack keep alive what they are given
+CUDA_POINTER = torch.Tensor.__cuda_array_interface__.__get__
+POINTERS = {
+    *(torch.Tensor.data_ptr, torch.Tensor.const_data_ptr, torch.Tensor._typed_storage),
+    *(torch.Tensor.untyped_storage, torch.Tensor.storage, CUDA_POINTER),
+}
+OPERATORS = (torch._ops.OpOverload, torch._ops.OpOverloadPacket)
+# what writes to its first argument, beside functions whose name ends with an underscore
+WRITING = {
+    *("__setitem__", "__set__", "__setstate__", "__iadd__", "__isub__", "__imul__", "__imatmul__"),
+    *("__idiv__", "__itruediv__", "__ifloordiv__", "__imod__", "__ipow__", "__ilshift__"),
+    *("__irshift__", "__iand__", "__ior__", "__ixor__"),
 }
 
 
@@ -56,6 +85,7 @@ class View(torch.Tensor):
         view = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=like.dtype, device=like.device)
         view._stored, view._kernel, view._stats, view._repeats = stored, kernel, stats, repeats
         view._shape = torch.Size(shape)
+        torch._C._set_throw_on_mutable_data_ptr(view)  # for extensions in C++: else a null pointer
         return view
 
     @property
@@ -67,7 +97,7 @@ class View(torch.Tensor):
         """The dense tensor of this view's shape; counted under `reason` where it must be made."""
         if not self._stored.is_plain:
             self._stats.materialise(reason)
-        dense = self._stored.dense()[self._side]
+        dense = self._stored.side(self._side)
         if self.dim() == 5:
             return dense[:, :, None].expand(self.shape)
         return dense if self._repeats == 1 else dense.repeat_interleave(self._repeats, dim=1)
@@ -86,14 +116,24 @@ class View(torch.Tensor):
         cls, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func in METADATA:
+        if func in METADATA or (func == CUDA_POINTER and not args[0].is_cuda):
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
         if func is SDPA and (out := _attend(*args, **kwargs)) is not None:
             return out
         if func in FOLLOWED and (view := FOLLOWED[func](*args, **kwargs)) is not None:
             return view
+        if isinstance(func, OPERATORS):  # of `torch.ops`: their schema says what they write to
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **kwargs)
         reason = getattr(func, "__name__", str(func))
+        if func in POINTERS:
+            raise ViewError(
+                f"{reason}: what a kvplug cache returns has no memory of its own to point to; take "
+                "the address of its clone() and keep that, or use numpy() or DLPack"
+            )
+        if _has_view(_written(reason, args, kwargs)):
+            raise _lost(reason)
         args, kwargs = tree_map_only(View, lambda v: v.materialise(reason), (args, kwargs))
         return func(*args, **kwargs)
 
@@ -102,7 +142,12 @@ class View(torch.Tensor):
         cls, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
     ) -> Any:
         """Calls that come from C++ and not from Python, such as inside a fused operator."""
-        args, kwargs = tree_map_only(View, lambda v: v.materialise(str(func)), (args, kwargs or {}))
+        kwargs = kwargs or {}
+        for i, argument in enumerate(func._schema.arguments):
+            given = args[i] if i < len(args) else kwargs.get(argument.name)
+            if argument.is_write and _has_view(given):
+                raise _lost(str(func))
+        args, kwargs = tree_map_only(View, lambda v: v.materialise(str(func)), (args, kwargs))
         return func(*args, **kwargs)
 
     def __repr__(self) -> str:
@@ -121,6 +166,25 @@ class ValueView(View):
     """The values of a layer."""
 
     _side = 1
+
+
+def _written(name: str, args: tuple, kwargs: dict) -> list:
+    """The arguments that a function of this name writes to: `x.add_`, `x[i] = y`, `out=`."""
+    written = [kwargs.get("out")]
+    if kwargs.get("inplace") or name in WRITING or (name.endswith("_") and name[-2:] != "__"):
+        written += args[:1] or [kwargs.get("input", kwargs.get("self"))]
+    return written
+
+
+def _has_view(arguments: Any) -> bool:
+    return any(isinstance(x, View) for x in tree_leaves(arguments))
+
+
+def _lost(name: str) -> ViewError:
+    return ViewError(
+        f"{name} would be lost: what a kvplug cache returns is a view of what is stored, without "
+        "memory of its own; write to its clone() and use that"
+    )
 
 
 def views(stored: Stored, kernel: Kernel, stats: Stats) -> tuple[KeyView, ValueView]:
@@ -149,25 +213,33 @@ def _attend(
         or query.shape[1] % key._stored.tail[0].shape[1]
     ):
         return None
-    kernel, arguments = key._kernel, (query, key._stored, attn_mask, scale, is_causal)
-    key._stats.kernels[kernel.name] += 1
-    if query.requires_grad and torch.is_grad_enabled() and not kernel.differentiable:
-        return ForwardOnly.apply(kernel, *arguments)
-    return kernel.attend(*arguments)[0]
+    kernel, stored, stats = key._kernel, key._stored, key._stats
+    rest = attn_mask, scale, is_causal
+    if recorded(query, *stored.tail) and not kernel.differentiable:
+        if not stored.block_count:  # tokens as they came: torch's own attention has the gradient
+            return None
+        stats.kernels[kernel.name] += 1
+        return ForwardOnly.apply(kernel, query, *stored.tail, stored, *rest)
+    stats.kernels[kernel.name] += 1
+    return kernel.attend(query, stored, *rest)[0]
 
 
 class ForwardOnly(torch.autograd.Function):
     """A kernel's output in a graph that autograd records: right, until its gradient is wanted."""
 
     @staticmethod
-    def forward(ctx: Any, kernel: Kernel, *arguments: Any) -> Tensor:
+    def forward(
+        ctx: Any, kernel: Kernel, query: Tensor, keys: Tensor, values: Tensor, *rest: Any
+    ) -> Tensor:
         ctx.name = kernel.name
-        return kernel.attend(*arguments)[0]
+        return kernel.attend(query, *rest)[0]
 
     @staticmethod
     def backward(ctx: Any, *_: Tensor) -> None:
-        raise RuntimeError(
-            f"kernel {ctx.name!r} has no gradient; choose 'reference', as in 'int4+reference'"
+        raise NoGradient(
+            f"kernel {ctx.name!r} has no gradient; choose 'reference', as in 'int4+reference', for "
+            "that of the query, an exact cache on the device, such as 'growing', for all, or run "
+            "without gradients (torch.no_grad)"
         )
 
 

@@ -162,7 +162,7 @@ def test_unregister_restores_the_very_attributes():
         "from transformers import GenerationConfig as C\n"
         "from transformers.generation.utils import GenerationMixin as M\n"
         "methods = ((C, 'validate'), (M, '_prepare_generation_config'),\n"
-        "           (M, '_prepare_cache_for_generation'))\n"
+        "           (M, '_prepare_cache_for_generation'), (M, '_assisted_decoding'))\n"
         "look = lambda: [c.__dict__[name] for c, name in methods]\n"
         "before = look()\n"
         "names = set(C.__dict__), set(M.__dict__)\n"
@@ -198,6 +198,7 @@ def test_nothing_else_in_transformers_is_touched():
         "changed = [(c.__name__, k) for c, b in classes.items() for k, v in vars(c).items()\n"
         "           if b.get(k, None) is not v and not k.startswith('__') and '_abc' not in k]\n"
         "assert sorted(changed) == [('GenerationConfig', 'validate'),\n"
+        "    ('GenerationMixin', '_assisted_decoding'),\n"
         "    ('GenerationMixin', '_prepare_cache_for_generation'),\n"
         "    ('GenerationMixin', '_prepare_generation_config')], changed\n"
     )
@@ -223,6 +224,7 @@ def test_wrapped_methods_keep_their_signature():
         GenerationConfig.validate,
         GenerationMixin._prepare_generation_config,
         GenerationMixin._prepare_cache_for_generation,
+        GenerationMixin._assisted_decoding,
     ):
         assert method.__wrapped__
         assert functools.WRAPPER_ASSIGNMENTS[0]

@@ -275,8 +275,16 @@ def test_a_gradient_is_refused_not_left_out():
         logits.sum().backward()
     cache = kvplug.build("int8+reference", model.config)
     model(prompt(100), **cache_argument(cache))
+    logits = model(prompt(1), **cache_argument(cache)).logits
+    with pytest.raises(kvplug.NoGradient, match="passes no gradient to keys and values"):
+        logits.sum().backward()
+    query = model.model.layers[1].self_attn.q_proj.weight
+    for weight in model.parameters():
+        weight.requires_grad_(weight is query)
+    cache.reset()
+    model(prompt(100), **cache_argument(cache))
     model(prompt(1), **cache_argument(cache)).logits.sum().backward()
-    assert model.model.layers[0].self_attn.q_proj.weight.grad.any()
+    assert query.grad.any()
 
 
 def test_as_plain_python():

@@ -1,7 +1,11 @@
 """Views are tensors in all but data: followed where code only reshapes, dense elsewhere."""
 
+import copy
+import dataclasses
+import io
 import logging
 
+import numpy as np
 import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention as sdpa
@@ -202,3 +206,207 @@ def test_what_was_returned_earlier_stays_right():
     key, _ = cache.layers[0].update(k[:, :, :1], k[:, :, :1])
     before = key.clone()
     assert before.shape[2] == 31
+
+
+WRITES = {
+    "setitem": lambda x: x.__setitem__((slice(None), 0), 0.0),
+    "iadd": lambda x: x.__iadd__(1),
+    "imul": lambda x: x.__imul__(2),
+    "add_": lambda x: x.add_(1),
+    "zero_": lambda x: x.zero_(),
+    "copy_": lambda x: x.copy_(torch.zeros(())),
+    "masked_fill_": lambda x: x.masked_fill_(torch.tensor(True), 0),
+    "index_copy_": lambda x: x.index_copy_(2, torch.tensor([0]), x[:, :, :1]),
+    "out": lambda x: torch.add(x, 1, out=x),
+    "out tuple": lambda x: torch.max(x, 2, out=(x, torch.tensor([]).long())),
+    "relu_": torch.relu_,
+    "inplace=True": lambda x: torch.nn.functional.relu(x, inplace=True),
+    "dropout": lambda x: torch.nn.functional.dropout(x, 0.5, True, True),
+    "init": torch.nn.init.zeros_,
+    "foreach": lambda x: torch._foreach_add_([x], 1),
+    "overload": lambda x: torch.ops.aten.add_.Tensor(x, 1),
+    "packet": lambda x: torch.ops.aten.mul_(x, 2),
+    "set data": lambda x: setattr(x, "data", torch.zeros(x.shape)),
+    "requires_grad": lambda x: setattr(x, "requires_grad", True),
+    "requires_grad_": lambda x: x.requires_grad_(),
+    "resize_": lambda x: x.resize_(1),
+    "set_": lambda x: x.set_(torch.zeros(1)),
+}
+
+
+@pytest.mark.parametrize("name", WRITES)
+@pytest.mark.parametrize("of", ["encoded", "plain", "repeated"])
+def test_a_write_that_would_be_lost_is_an_error(pair, stats, name, of):
+    view = pair[0]
+    if of == "plain":  # the layer's own memory: no write may reach it in passing either
+        tail = random_stored(pair[0]._stored.codec, B=B, H=H, N=0, R=9)
+        view = views(tail, kvplug.parse("reference").kernel, stats)[0]
+    if of == "repeated":
+        view = repeat_kv(view, 3)
+    before = view._stored.dense()[0].clone()
+    with pytest.raises(kvplug.ViewError, match=r"would be lost.* write to its clone\(\)"):
+        WRITES[name](view)
+    assert torch.equal(view._stored.dense()[0], before)
+
+
+def test_a_write_from_below_python_is_an_error(pair):
+    with (
+        torch._C.DisableTorchFunctionSubclass(),
+        pytest.raises(kvplug.ViewError, match=r"aten.add_.* would be lost"),
+    ):
+        torch.ops.aten.add_.Tensor(pair[0], 1)
+
+
+def test_an_operator_of_ones_own_that_writes_is_an_error(pair):
+    """Its name does not say so; its schema does."""
+
+    @torch.library.custom_op("kvplug_test::clear", mutates_args=("x",))
+    def clear(x: torch.Tensor) -> None:
+        x.zero_()
+
+    for call in (clear, torch.ops.kvplug_test.clear, torch.ops.kvplug_test.clear.default):
+        with pytest.raises(kvplug.ViewError, match=r"clear.* would be lost"):
+            call(pair[0])
+
+
+def test_reading_a_view_into_something_else_is_no_write(pair, dense):
+    target = torch.zeros(dense[0].shape)
+    assert torch.equal(target.copy_(pair[0]), dense[0])
+    target += pair[0]
+    target[:, :, :3] = pair[0][:, :, :3]
+    torch.add(pair[0], 1, out=target)
+    assert torch.equal(target, dense[0] + 1)
+
+
+POINTERS = {
+    "data_ptr": lambda x: x.data_ptr(),
+    "const_data_ptr": lambda x: x.const_data_ptr(),
+    "untyped_storage": lambda x: x.untyped_storage(),
+    "storage": lambda x: x.storage(),
+    "_typed_storage": lambda x: x._typed_storage(),
+}
+
+
+@pytest.mark.parametrize("name", POINTERS)
+def test_there_is_no_memory_to_point_to(pair, stats, name):
+    with pytest.raises(
+        kvplug.ViewError, match=r"(_ptr|storage): .* no memory .*clone\(\).* numpy\(\)"
+    ):
+        POINTERS[name](pair[0])
+    assert not stats.materialised
+
+
+def test_an_extension_is_given_no_null_pointer(pair):
+    """As code in C++ asks: it got address 0, and ended the process."""
+    with (
+        torch._C.DisableTorchFunctionSubclass(),
+        pytest.raises(RuntimeError, match="Cannot access data pointer"),
+    ):
+        pair[0].data_ptr()
+
+
+def test_arrays_that_keep_their_memory_are_right(pair, dense):
+    """NumPy and DLPack hold on to the copy they were given."""
+    for view, x in zip(pair, dense, strict=True):
+        assert np.array_equal(np.asarray(view), x.numpy())
+        assert np.array_equal(view.__array__(), x.numpy())
+        assert np.array_equal(np.from_dlpack(view), x.numpy())
+        assert torch.equal(torch.from_dlpack(view), x)
+        assert not hasattr(view, "__cuda_array_interface__")
+        assert torch.equal(copy.deepcopy(view), x)
+        file = io.BytesIO()
+        torch.save(view, file)
+        file.seek(0)
+        assert torch.equal(torch.load(file), x)
+
+
+def test_questions_of_metadata_read_nothing(pair, stats, dense):
+    for x, y in zip(pair, dense, strict=True):
+        for ask in (
+            *(torch.Tensor.stride, torch.Tensor.storage_offset, torch.Tensor.is_contiguous),
+            *(torch.Tensor.ndimension, torch.Tensor.nelement, torch.Tensor.type),
+            *(torch.Tensor.is_complex, torch.Tensor.is_inference, torch.Tensor._is_view),
+            *(torch.Tensor.is_signed, torch.Tensor.dim_order, torch.Tensor.is_shared),
+            *(torch.is_floating_point, torch.numel, lambda x: x.stride(-2)),
+            *(lambda x: (x.is_leaf, x.grad, x.grad_fn, x.nbytes, x.itemsize, x._version),),
+            *(lambda x: (x.is_sparse, x.is_quantized, x.is_cpu, x.is_nested, x.get_device()),),
+        ):
+            assert ask(x) == ask(y)
+        assert hash(x) == hash(x)
+        assert x is x
+    assert not stats.materialised
+
+
+def test_one_side_is_decoded_where_one_is_read(stored, stats):
+    sides = []
+
+    class Watched(type(stored.codec)):
+        def decode(self, data):
+            return super().decode(data)
+
+        def decode_side(self, data, side):
+            sides.append(side)
+            return super().decode_side(data, side)
+
+    codec = Watched(**dataclasses.asdict(stored.codec))
+    pair = views(dataclasses.replace(stored, codec=codec), kvplug.parse("reference").kernel, stats)
+    for side, expected in enumerate(stored.dense()):
+        assert torch.equal(pair[side].clone(), expected)
+        assert set(sides) == {side}
+        sides.clear()
+
+
+def test_a_codec_with_a_decode_of_its_own_keeps_it():
+    """Not the parent's way to decode one side."""
+
+    class Shifted(type(kvplug.parse("int8").codec)):
+        def decode(self, data):
+            keys, values = super().decode(data)
+            return keys + 1, values + 1
+
+    stored = random_stored(Shifted(block=8), N=2, R=0)
+    plain = random_stored(kvplug.parse("int8(block=8)").codec, N=2, R=0)
+    for x, y in zip(stored.dense(), plain.dense(), strict=True):
+        assert torch.equal(x, y + 1)
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        "growing",
+        "static",
+        "window(length=9)",
+        "sinks(sinks=3, window=8)",
+        "sinks(sinks=3, window=8)+int8(block=8)",
+        "static+int8(block=8)",
+        "exact(block=8)+host",
+    ],
+)
+@pytest.mark.parametrize("row_padding", [(0, 0), (0, 14)])
+def test_what_update_returned_stays_until_the_next_update(spec, row_padding):
+    """By value, whatever else is read or done in between; attention reads what `update` gave."""
+    model = kvplug.testing.tiny_llama()
+    cache = kvplug.build(spec, model.config, max_cache_len=64)
+    layer, padding = cache.layers[0], torch.tensor(row_padding)
+    if hasattr(layer, "set_padding"):
+        layer.set_padding(padding)
+    for i in range(40):
+        S = 3 if i % 7 == 0 else 1
+        x = normal(2, 2, S, 16, seed=i)
+        returned = layer.update(x, x + 1)
+        then = [kvplug.testing.tools.dense(y).clone() for y in returned]
+        query = normal(2, 2, 1, 16, seed=i)
+        seen = torch.arange(then[0].shape[2])[None] < int(layer.get_seq_length())
+        expected = sdpa(query, *then, attn_mask=seen)
+        held = layer.keys, layer.values
+        layer.get_mask_sizes(1)
+        twin = copy.deepcopy(layer)
+        if i % 5 == 4:
+            layer.activate_past_recording() if hasattr(layer, "record_past") else None
+            layer.crop(0)
+        for y, z in zip(returned, then, strict=True):
+            assert torch.equal(kvplug.testing.tools.dense(y), z)
+        assert_close(sdpa(query, *returned, attn_mask=seen), expected)
+        assert torch.equal(twin.keys, held[0])
+        if "sinks" in spec and i > 20 and S == 1:
+            assert torch.equal(held[1][0, :, :3], then[1][0, :, :3]), "pins are where they were"

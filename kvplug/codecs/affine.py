@@ -61,12 +61,18 @@ class Affine(Codec):
         }
 
     def decode(self, data: Encoded) -> tuple[Tensor, Tensor]:
-        keys = _unpack(data["k_codes"], self.k_bits).float() * data["k_scale"].float()[..., None]
-        keys = (keys + data["k_zero"].float()[..., None]).transpose(-1, -2)
+        # of this class: a subclass may build its own `decode` on this one
+        return Affine.decode_side(self, data, 0), Affine.decode_side(self, data, 1)
+
+    def decode_side(self, data: Encoded, side: int) -> Tensor:
+        if side == 0:
+            codes = _unpack(data["k_codes"], self.k_bits).float()
+            keys = codes * data["k_scale"].float()[..., None]
+            return (keys + data["k_zero"].float()[..., None]).transpose(-1, -2)
         codes = _unpack(data["v_codes"].transpose(-1, -2), self.v_bits).transpose(-1, -2).float()
         grouped = codes.unflatten(-1, (data["v_scale"].shape[-1], -1))
         values = grouped * data["v_scale"].float()[..., None] + data["v_zero"].float()[..., None]
-        return keys, values.flatten(-2)
+        return values.flatten(-2)
 
     def max_error(self, data: Encoded) -> tuple[Tensor, Tensor]:
         k = _half_step(data["k_scale"], data["k_zero"], self.k_bits)[

@@ -49,6 +49,15 @@ class Codec(Stage):
         """
         raise NotImplementedError
 
+    def decode_side(self, data: Encoded, side: int) -> Tensor:
+        """Keys (0) or values (1) as `decode` gives them; write it where one side costs less."""
+        return self.decode(data)[side]
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        if "decode" in vars(cls) and "decode_side" not in vars(cls):
+            cls.decode_side = Codec.decode_side  # not that of a parent, which has other bytes
+
     def max_error(self, data: Encoded) -> tuple[Tensor, Tensor]:
         """The codec's own bound on |decoded - original|, broadcastable to keys and to values."""
         raise NotImplementedError

@@ -32,5 +32,8 @@ class Exact(Codec):
     def decode(self, data: Encoded) -> tuple[Tensor, Tensor]:
         return data["k"], data["v"]
 
+    def decode_side(self, data: Encoded, side: int) -> Tensor:
+        return data["kv"[side]]
+
     def max_error(self, data: Encoded) -> tuple[Tensor, Tensor]:
         return data["k"].new_zeros(()), data["v"].new_zeros(())

@@ -64,6 +64,10 @@ class Kernel(Stage):
         """Whether it reads T plain tokens for S new ones faster than torch's own attention."""
         return False
 
+    def reads_pinned(self, S: int, T: int) -> bool:
+        """The like for T tokens of which the first are pinned: torch wants them concatenated."""
+        return self.reads_plain(S, T)
+
     def resolve(self, codec: Codec, device: torch.device, dtype: torch.dtype) -> Kernel:
         """The kernel that runs: itself, or a SpecError with the reason; `auto` chooses."""
         if reason := self.refuses(codec, device, dtype):

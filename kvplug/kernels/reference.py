@@ -19,7 +19,10 @@ BLOCKS_AT_ONCE = 16  # where decoding is a mere view
 
 @dataclass(frozen=True)
 class Reference(Kernel):
-    """Plain torch: online softmax (arXiv:1805.02867) over one decoded block at a time."""
+    """Plain torch: online softmax (arXiv:1805.02867) over one decoded block at a time.
+
+    In float32, for models of float64 in that.
+    """
 
     name: ClassVar[str] = "reference"
     differentiable: ClassVar[bool] = True
@@ -35,7 +38,8 @@ class Reference(Kernel):
         B, Q, S, D = query.shape
         H, T = stored.tail[0].shape[1], stored.length
         G = Q // H  # queries that share a stored head: heads are grouped, never repeated
-        q = (query.float() * (D**-0.5 if scale is None else scale)).reshape(B, H, G * S, D)
+        wide = torch.promote_types(query.dtype, torch.float32)
+        q = (query.to(wide) * (D**-0.5 if scale is None else scale)).reshape(B, H, G * S, D)
         if is_causal:
             mask = torch.ones(S, T, dtype=torch.bool, device=query.device).tril()
         if mask is not None:
@@ -46,7 +50,7 @@ class Reference(Kernel):
         column = 0
         for keys, values in stored.pieces(BLOCKS_AT_ONCE if stored.codec.decodes_in_place else 1):
             t = keys.shape[2]
-            scores = q @ keys.float().transpose(-1, -2)  # [B, H, G * S, t]
+            scores = q @ keys.to(wide).transpose(-1, -2)  # [B, H, G * S, t]
             if mask is not None:
                 scores = _masked(scores.view(B, Q, S, t), mask[..., column : column + t]).view(
                     B, H, G * S, t
@@ -59,13 +63,13 @@ class Reference(Kernel):
             weights = (scores - base).exp()
             keep = (highest - base).exp()
             total = total * keep + weights.sum(-1, keepdim=True)
-            out = out * keep + weights @ values.float()
+            out = out * keep + weights @ values.to(wide)
             highest = new
         out = torch.where(total == 0, 0.0, out / total).view(B, Q, S, -1)  # NaN stays
-        return out.to(query.dtype), (highest + total.log()).view(B, Q, S)
+        return out.to(query.dtype), (highest + total.log()).view(B, Q, S).float()
 
 
 def _masked(scores: Tensor, mask: Tensor) -> Tensor:
     if mask.dtype == torch.bool:
         return scores.masked_fill(~mask, -torch.inf)
-    return scores + mask.float()
+    return scores + mask.to(scores.dtype)

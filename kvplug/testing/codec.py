@@ -269,6 +269,8 @@ class CodecConformance:
         for name, x in data.items():
             assert x.shape[:3] == (2, 3, 4), f"{name!r} is {tuple(x.shape)}"
         whole = codec.decode(data)
+        for side, x in enumerate(whole):
+            assert same(codec.decode_side(data, side).contiguous(), x.contiguous())
         part = codec.decode({name: x[:, :, 1:3] for name, x in data.items()})
         for x, y in zip(whole, part, strict=True):
             assert same(x[:, :, 1:3].contiguous(), y.contiguous())

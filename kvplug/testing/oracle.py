@@ -16,7 +16,7 @@ from ..cache import build
 from ..errors import CacheOverflow, Evicted
 from ..layer import Layer
 from ..retention.base import Retention, Scored
-from ..static import StaticCodedLayer
+from ..static import StaticCodedLayer, StaticLayer
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -167,6 +167,7 @@ class Machine:
         self.oracle = Oracle(strategy.retention, self.start)
         self.since_settled = self.seed = 0
         self.recording = False
+        self.returned: list[tuple[Tensor, Tensor]] = []  # by the last update, and what it was
 
     def run(self, steps: list[tuple[str, int]]) -> None:
         for name, n in steps:
@@ -190,6 +191,7 @@ class Machine:
         length, offset = layer.get_mask_sizes(S)
         before, encoded = int(layer.get_seq_length()), encoded_columns(layer)[1]
         got = layer.update(keys.clone(), values.clone())
+        self.returned = [(x, dense(x).clone()) for x in got]
         assert before == oracle.seen
         oracle.update(keys, values)
         self.since_settled = self.since_settled + S if self.recording else 0
@@ -229,19 +231,27 @@ class Machine:
             self.layer.activate_past_recording()
             self.recording = True
 
+    def rows_change(self) -> None:
+        """A static layer changes its rows in place: a compiled graph knows the address."""
+        if isinstance(self.layer, StaticLayer):
+            self.returned = []
+
     def reorder(self, seed: int) -> None:
+        self.rows_change()
         B = len(self.oracle.padding)
         order = torch.randint(0, B, (B,), generator=seeded(seed))
         self.layer.reorder_cache(order)
         self.oracle.map(lambda x: x[order])
 
     def select(self, seed: int) -> None:
+        self.rows_change()
         B = len(self.oracle.padding)
         order = torch.randperm(B, generator=seeded(seed))[: max(1, B - seed % 2)]
         self.layer.batch_select_indices(order)
         self.oracle.map(lambda x: x[order])
 
     def mask(self, seed: int) -> None:
+        self.rows_change()
         B = len(self.oracle.padding)
         keep = torch.rand(B, generator=seeded(seed)) < 0.8
         keep[seed % B] = True
@@ -259,11 +269,12 @@ class Machine:
         limit = old.strategy.layout.limit
         if self.oracle.seen and (limit is None or self.oracle.seen < limit):
             B = len(self.oracle.padding)
+            self.returned = []
             old.update(torch.full((B, 2, 1, 8), 9.0), torch.full((B, 2, 1, 6), 9.0))
 
     def reset(self, _: int) -> None:
         self.layer.reset()
-        self.recording = getattr(self.layer, "record_past", False)
+        self.recording = False
         # as many rows next time: a static layer keeps its room, and with it the batch
         padding = torch.zeros_like(self.oracle.padding)
         self.oracle = Oracle(self.strategy.retention, padding)
@@ -271,6 +282,7 @@ class Machine:
 
     def compare(self) -> None:
         layer, oracle = self.layer, self.oracle
+        self.check_returned()
         assert int(layer.get_seq_length()) == oracle.seen
         if oracle.seen == 0:
             return
@@ -278,9 +290,14 @@ class Machine:
         assert layer.held() == oracle.seen - first
         sides, _ = oracle.visible(first)
         for x, (exact, error) in zip((layer.keys, layer.values), sides, strict=True):
+            self.check_returned()  # reading what is held is no update
             if layer.strategy.layout.limit is not None:
                 x = x[:, :, : exact.shape[2]]
             self.check(x, exact, error)
+
+    def check_returned(self) -> None:
+        for x, then in self.returned:
+            assert same(dense(x).contiguous(), then), "what `update` returned has changed"
 
     def check(self, x: Tensor, exact: Tensor, error: Tensor) -> None:
         assert x.shape == exact.shape
