@@ -1,0 +1,217 @@
+"""A dense oracle beside every layer of a running model.
+
+While a `Shadow` is entered, each update of each layer of ours also goes to an `Oracle`, which keeps
+every token exact and knows how far an encoded one may be from that. What the layer returns is
+compared with it column by column; and attention over a view is compared with torch's own attention
+over the same content, dense. Both see the keys, values and queries of the very same call, so that
+nothing has to be forgiven because an earlier layer was already a little off.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Self
+from weakref import WeakKeyDictionary
+
+import torch
+
+from ..layer import Layer
+from ..static import StaticCodedLayer, StaticLayer
+from ..view import View
+from .oracle import Oracle, encoded_columns
+from .tools import TOLERANCE, dense
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from torch import Tensor
+
+FUNCTIONAL = torch.nn.functional
+
+
+class Wrong(AssertionError):
+    """What a cache held or gave is not what its strategy promises."""
+
+
+class Shadow:
+    """Watches all layers of ours, on this thread, until it is left."""
+
+    def __init__(self, model: Any, padding: Tensor | None = None) -> None:
+        """Watch; padding [B]: leading padding tokens of each row that `model` is given."""
+        self.model, self.padding = model, padding
+        self.oracles: WeakKeyDictionary[Any, Oracle] = WeakKeyDictionary()
+        self.contents: dict[int, tuple[Any, Tensor, Tensor]] = {}  # by stored: it, keys, values
+        self.position: Tensor | None = None  # [B] of the newest token, as the model counts
+        self.contents_checked = self.attentions_checked = 0
+        self.encoded = self.dropped = 0  # most columns of a layer that were, at one time
+        self.forwards = 0  # of the model, since the call began
+
+    def __enter__(self) -> Self:
+        self._undo: list[Callable[[], None]] = []
+        self._replace(Layer, "update", self._update)
+        self._replace(StaticLayer, "update", self._update)
+        for kind in (Layer, StaticLayer, StaticCodedLayer):
+            for name, follow in (("crop", self._crop), ("_map", self._map), ("reset", self._reset)):
+                self._replace(kind, name, follow)
+        self._replace(FUNCTIONAL, "scaled_dot_product_attention", self._attention)
+        hooks = [
+            self.model.register_forward_pre_hook(self._count),
+            self.model.register_forward_hook(self._left),
+        ]
+        hooks += [
+            x.register_forward_pre_hook(self._positions, with_kwargs=True)
+            for name, x in self.model.named_modules()
+            if type(x).__name__.endswith("RotaryEmbedding") and "visual" not in name
+        ]
+        self._undo += [hook.remove for hook in hooks]
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for undo in reversed(self._undo):
+            undo()
+
+    def _replace(self, owner: Any, name: str, follow: Callable) -> None:
+        original = vars(owner)[name]
+
+        def replacement(*args: Any, **kwargs: Any) -> Any:
+            return follow(original, *args, **kwargs)
+
+        setattr(owner, name, replacement)
+        self._undo.append(lambda: setattr(owner, name, original))
+
+    def _count(self, *_: object) -> None:
+        self.forwards += 1
+        self.contents.clear()
+
+    def _left(self, *_: object) -> None:
+        self.position = None  # an assistant's layers are watched too, its positions are not
+
+    def _positions(self, _: Any, args: tuple, kwargs: dict) -> None:
+        positions = kwargs.get("position_ids", args[1] if len(args) > 1 else None)
+        if isinstance(positions, torch.Tensor) and positions.dim() in (2, 3):
+            self.position = (positions if positions.dim() == 2 else positions[0])[:, -1]
+
+    # --- layers
+
+    def _update(
+        self, original: Callable, layer: Any, keys: Tensor, values: Tensor, *args: Any, **kw: Any
+    ) -> tuple[Tensor, Tensor]:
+        oracle = self.oracles.get(layer)
+        if oracle is None:
+            oracle = self.oracles[layer] = Oracle(layer.strategy.retention, self._rows(keys))
+        first, S = oracle.first_visible(), keys.shape[2]
+        length, offset = layer.get_mask_sizes(S)
+        exact = keys.clone(), values.clone()
+        got = original(layer, keys, values, *args, **kw)
+        oracle.update(*exact)
+        if int(layer.get_seq_length()) != oracle.seen:
+            raise Wrong(f"says {int(layer.get_seq_length())} tokens seen of {oracle.seen}")
+        # a layer may keep more than is visible: sliding ones do while the mask hides the rest
+        if offset != first:
+            raise Wrong(f"the mask starts at column {offset}, not {first}")
+        sides, pinned = oracle.visible(first)
+        contents = []
+        for name, x, (wanted, error) in zip(("keys", "values"), got, sides, strict=True):
+            if x.shape[2] != length:
+                raise Wrong(f"announced {length} columns, gave {x.shape[2]} {name}")
+            content = dense(x)
+            if name == "keys" and pinned.any():
+                wanted = self._turned(layer, oracle, wanted, pinned, first)
+            self._compare(name, content[:, :, : wanted.shape[2]], wanted, error, S)
+            contents.append(content)
+        if isinstance(got[0], View):
+            self.contents[id(got[0]._stored)] = (got[0]._stored, *contents)
+        oracle.follow(layer)
+        begin, end, _ = encoded_columns(layer)
+        self.encoded = max(self.encoded, end - begin)
+        self.dropped = max(self.dropped, first)
+        self.contents_checked += 1
+        return got
+
+    def _rows(self, keys: Tensor) -> Tensor:
+        """The padding of each row of a cache: beams and returned sequences repeat rows."""
+        B = len(keys)
+        if self.padding is None or B % len(self.padding):
+            return torch.zeros(B, dtype=torch.long)
+        return self.padding.repeat_interleave(B // len(self.padding))
+
+    def _turned(
+        self, layer: Any, oracle: Oracle, keys: Tensor, pinned: Tensor, first: int
+    ) -> Tensor:
+        """Pinned keys at the positions right before those of the window."""
+        rotation = layer.pins.rotation
+        if rotation is None:
+            return keys
+        by = first - oracle.padding
+        if self.position is not None and len(self.position) == len(by):
+            # the newest column is oracle.seen - 1; pins stand as many columns before it
+            by = self.position - (oracle.seen - 1 - first)
+        turned = rotation.shift(keys, by)
+        return torch.where(pinned[:, None, :, None], turned, keys)
+
+    def _compare(self, name: str, got: Tensor, wanted: Tensor, error: Tensor, S: int) -> None:
+        if got.shape != wanted.shape:
+            raise Wrong(f"{name} are {tuple(got.shape)}, not {tuple(wanted.shape)}")
+        # a decoded number is rounded to the model's dtype, and so was the bound's arithmetic
+        rounding = torch.finfo(wanted.dtype).eps * wanted.abs().double() + 1e-6
+        allowed = error.double() * (1 + 1e-6) + torch.where(error > 0, rounding, 0.0)
+        if got.shape[2] > S:  # pins are turned in float32
+            allowed[:, :, :-S] += torch.where(error[:, :, :-S] > 0, 0.0, 2 * rounding[:, :, :-S])
+        over = (got.double() - wanted.double()).abs() - allowed
+        if not bool((over <= 0).all()):
+            raise Wrong(f"{name} are {float(over.max()):.3g} further from exact than allowed")
+
+    def _crop(self, original: Callable, layer: Any, n: Any) -> None:
+        original(layer, n)
+        if oracle := self.oracles.get(layer):
+            oracle.crop(-int(n))
+            oracle.follow(layer)
+
+    def _map(self, original: Callable, layer: Any, change: Callable) -> None:
+        original(layer, change)
+        if oracle := self.oracles.get(layer):
+            oracle.map(change)
+
+    def _reset(self, original: Callable, layer: Any) -> None:
+        original(layer)
+        self.oracles.pop(layer, None)
+
+    # --- attention
+
+    def _attention(
+        self,
+        original: Callable,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+    ) -> Tensor:
+        def attend(k: Tensor, v: Tensor, gqa: bool) -> Tensor:
+            return original(
+                query, k, v, attn_mask=attn_mask, dropout_p=dropout_p, is_causal=is_causal,
+                scale=scale, enable_gqa=gqa,
+            )  # fmt: skip
+
+        got = attend(key, value, enable_gqa)
+        if not isinstance(key, View):
+            return got
+        _, keys, values = self.contents[id(key._stored)]
+        keys = keys.repeat_interleave(query.shape[1] // keys.shape[1], 1)
+        if isinstance(value, View):
+            value = values.repeat_interleave(query.shape[1] // values.shape[1], 1)
+        wanted = attend(keys, value, False)
+        if attn_mask is not None:  # a query that may see nothing gets anything
+            hidden = torch.finfo(attn_mask.dtype).min / 2 if attn_mask.is_floating_point() else 0
+            sees = (attn_mask > hidden).any(-1, keepdim=True)
+            got_, wanted = (torch.where(sees, x, 0.0) for x in (got, wanted))
+        else:
+            got_ = got
+        bound = TOLERANCE[query.dtype] * max(1.0, float(wanted.float().abs().max()))
+        error = float((got_.float() - wanted.float()).abs().max())
+        if not error <= bound:
+            raise Wrong(f"attention is {error:.3g} from dense attention over the same content")
+        self.attentions_checked += 1
+        return got
