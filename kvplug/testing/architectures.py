@@ -33,7 +33,7 @@ ROUTED = {
     "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32,
     "shared_expert_intermediate_size": 32,
 }  # fmt: skip
-SLIDING = {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]}
+SLIDING = {"sliding_window": 12, "layer_types": ["sliding_attention", "full_attention"]}
 LATENT = {
     "num_key_value_heads": 4, "q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8,
     "qk_nope_head_dim": 16, "v_head_dim": 16,
@@ -170,16 +170,16 @@ ARCHITECTURES = {
     "diffllama": text("DiffLlama", HEAD),
     "hunyuan, norm after the turn": text("HunYuanDenseV1", HEAD),
     # sliding, chunked, or without rotation in some layers
-    "mistral, sliding": text("Mistral", HEAD | {"sliding_window": 8}),
+    "mistral, sliding": text("Mistral", HEAD | {"sliding_window": 12}),
     "gemma2, sliding and softcap": text(
-        "Gemma2", HEAD | {"sliding_window": 8, "query_pre_attn_scalar": 16}, attention="eager"
+        "Gemma2", HEAD | {"sliding_window": 12, "query_pre_attn_scalar": 16}, attention="eager"
     ),
     "gemma3, sliding": text("Gemma3Text", HEAD | SLIDING | {"query_pre_attn_scalar": 16}),
     "olmo3, sliding": text("Olmo3", BASE | SLIDING),
     "ministral, sliding": text("Ministral", HEAD | SLIDING),
     "modernbert_decoder, sliding": text(
         "ModernBertDecoder",
-        NO_KV | {"local_attention": 16, "layer_types": SLIDING["layer_types"]},
+        NO_KV | {"local_attention": 24, "layer_types": SLIDING["layer_types"]},
     ),
     "smollm3, no rotation in a layer": text("SmolLM3", BASE | {"no_rope_layers": [1, 0]}),
     "cohere2, no rotation in a layer": text("Cohere2", BASE | SLIDING | {"logit_scale": 1.0}),
@@ -194,7 +194,7 @@ ARCHITECTURES = {
     "gemma3n, shared keys and values": text(
         "Gemma3nText",
         HEAD | {
-            "num_hidden_layers": 4, "num_kv_shared_layers": 2, "sliding_window": 8,
+            "num_hidden_layers": 4, "num_kv_shared_layers": 2, "sliding_window": 12,
             "layer_types": ["sliding_attention", "full_attention"] * 2, "laurel_rank": 8,
             "vocab_size_per_layer_input": 97, "hidden_size_per_layer_input": 8,
             "altup_num_inputs": 2, "activation_sparsity_pattern": [0.0] * 4,
@@ -203,7 +203,7 @@ ARCHITECTURES = {
     "gemma4, shared keys and values": text(
         "Gemma4Text",
         HEAD | {
-            "num_hidden_layers": 4, "num_kv_shared_layers": 2, "sliding_window": 8,
+            "num_hidden_layers": 4, "num_kv_shared_layers": 2, "sliding_window": 12,
             "layer_types": ["sliding_attention", "full_attention"] * 2, "global_head_dim": 16,
             "vocab_size_per_layer_input": 97, "hidden_size_per_layer_input": 8,
         },
@@ -221,7 +221,7 @@ ARCHITECTURES = {
     ),
     "gpt_neo, local": text(
         "GPTNeo",
-        {"vocab_size": 97, "hidden_size": 64, "num_layers": 2, "num_heads": 4, "window_size": 8,
+        {"vocab_size": 97, "hidden_size": 64, "num_layers": 2, "num_heads": 4, "window_size": 12,
          "attention_types": [[["global", "local"], 1]], "max_position_embeddings": 256,
          "initializer_range": 0.2, **NO_TOKENS},
     ),
@@ -251,7 +251,7 @@ ARCHITECTURES = {
     "phimoe": text("Phimoe", BASE | MOE),
     "granitemoe": text("GraniteMoe", BASE | MOE),
     "minimax_m2": text("MiniMaxM2", HEAD | MOE),
-    "gpt_oss, sliding and attention sinks": text("GptOss", HEAD | MOE | {"sliding_window": 8}),
+    "gpt_oss, sliding and attention sinks": text("GptOss", HEAD | MOE | {"sliding_window": 12}),
     "glm4_moe": text(
         "Glm4Moe",
         HEAD | ROUTED | {"n_routed_experts": 4, "n_group": 1, "topk_group": 1,

@@ -61,16 +61,16 @@ LENGTH = 64  # more tokens than any call sees
 STRATEGIES = {
     "growing": "growing",
     "static": "static",
-    "int8": "int8(block=4)",
-    "int4": "int4(block=4, tail=4)",
-    "static+int4": "static+int4(block=4, tail=4)",
+    "int8": "int8(block=8)",
+    "int4": "int4(block=8, tail=8)",
+    "static+int4": "static+int4(block=8, tail=8)",
     "window": "window(length=20)",
     "sinks": "sinks(sinks=2, window=14)",
-    "window+int8": "window(length=20)+int8(block=4)",
-    "host": "exact(block=4)+host",
-    "disk": "exact(block=4)+disk",
-    "int4+host": "int4(block=4, tail=4)+host",
-    "sinks+int8": "sinks(sinks=2, window=14)+int8(block=4)",
+    "window+int8": "window(length=20)+int8(block=8)",
+    "host": "exact(block=8)+host",
+    "disk": "exact(block=8)+disk",
+    "int4+host": "int4(block=8, tail=8)+host",
+    "sinks+int8": "sinks(sinks=2, window=14)+int8(block=8)",
     "long window": "window(length=100)",
     "long sinks": "sinks(sinks=2, window=100)",
 }
@@ -196,6 +196,10 @@ class Row:
         whole = kept_whole(strategy.retention, LENGTH)
         if not shadow.contents_checked and cell.strategy != "static":
             raise Wrong("no layer of ours was ever updated")
+        if not strategy.codec.lossless and not (shadow.encoded or shadow.dropped):
+            raise Wrong("nothing was ever encoded")
+        if not whole and not shadow.dropped:
+            raise Wrong("nothing was ever dropped")
         if cell.call in ("bfloat16", "float16"):
             if strategy.codec.lossless and whole:
                 check_as_near(got, wanted, self._best())

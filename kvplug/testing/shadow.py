@@ -199,10 +199,9 @@ class Shadow:
         if not isinstance(key, View):
             return got
         _, keys, values = self.contents[id(key._stored)]
-        keys = keys.repeat_interleave(query.shape[1] // keys.shape[1], 1)
-        if isinstance(value, View):
-            value = values.repeat_interleave(query.shape[1] // values.shape[1], 1)
-        wanted = attend(keys, value, False)
+        sides = (keys, values if isinstance(value, View) else value)
+        Q = query.shape[1]
+        wanted = attend(*(x.repeat_interleave(Q // x.shape[1], 1) for x in sides), False)
         if attn_mask is not None:  # a query that may see nothing gets anything
             hidden = torch.finfo(attn_mask.dtype).min / 2 if attn_mask.is_floating_point() else 0
             sees = (attn_mask > hidden).any(-1, keepdim=True)
