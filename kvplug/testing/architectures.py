@@ -240,7 +240,7 @@ ARCHITECTURES = {
     "mpt, alibi": text(
         "Mpt",
         {"vocab_size": 97, "d_model": 64, "n_layers": 2, "n_heads": 4, "max_seq_len": 256,
-         "initializer_range": 0.2, **NO_TOKENS},
+         "initializer_range": 0.2, "use_cache": True, **NO_TOKENS},
     ),
     "falcon, alibi": text("Falcon", FALCON | {"multi_query": False, "alibi": True}),
     # mixtures of experts

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 NEW = 12  # tokens generated
+NEW_ALONE = 28  # where the prompt goes to an encoder
 # logits of two ways to compute the same float32 model, relative to the largest
 TOLERANCE = 3e-4
 
@@ -47,12 +48,17 @@ class Caller:
     before: Callable[[], None] = lambda: None  # told when the part that counts begins
     text: Tensor | None = None  # of the float32 model, for `in_dtype`
 
+    @property
+    def new(self) -> int:
+        """Tokens to generate, so that every text has about 30."""
+        return NEW_ALONE if self.architecture.source else NEW
+
     def generate(self, inputs: dict[str, Any], **kwargs: Any) -> Any:
         """`generate` with all that is compared."""
         if cache_argument(None).keys().isdisjoint(kwargs):
             kwargs["cache_implementation"] = None if self.spec is None else PREFIX + self.spec
         settings = {
-            "do_sample": False, "max_new_tokens": NEW, "return_dict_in_generate": True,
+            "do_sample": False, "max_new_tokens": self.new, "return_dict_in_generate": True,
             "output_logits": True,
         }  # fmt: skip
         torch.manual_seed(0)
@@ -137,7 +143,7 @@ def second(caller: Caller) -> Run:
     _needs_ids(caller)
     out = caller.generate(caller.inputs(prompt(17)), max_new_tokens=8)
     ids = torch.cat((out.sequences, prompt(5, seed=4)), 1)
-    return caller.run({"input_ids": ids}, **cache_argument(output_cache(out)))
+    return caller.run(unmasked(ids), **cache_argument(output_cache(out)))
 
 
 def cropped(caller: Caller) -> Run:
@@ -150,7 +156,7 @@ def cropped(caller: Caller) -> Run:
         caller.model(prompt(5, seed=3), **cache_argument(cache))
     cache.crop(-5)
     ids = torch.cat((ids, prompt(4, seed=4)), 1)
-    return caller.run({"input_ids": ids}, **cache_argument(cache))
+    return caller.run(unmasked(ids), **cache_argument(cache))
 
 
 def embeds(caller: Caller) -> Run:
@@ -193,6 +199,11 @@ def media(caller: Caller) -> Run:
     return caller.run(caller.architecture.media(prompt(13, 2)))
 
 
+def unmasked(ids: Tensor) -> dict[str, Tensor]:
+    """A text of which nothing is padding, whatever ids a model has chosen."""
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+
 def _needs_ids(caller: Caller) -> None:
     if caller.architecture.source:
         raise NoSuchCall("its prompt goes to an encoder")
@@ -224,7 +235,7 @@ def in_dtype(caller: Caller, dtype: torch.dtype) -> Run:
     inputs = caller.inputs(prompt(17, 2))
     if caller.text is None:
         caller.text = GenerationMixin.generate(
-            caller.model, **inputs, do_sample=False, max_new_tokens=NEW
+            caller.model, **inputs, do_sample=False, max_new_tokens=caller.new
         )
     model, caller.model = caller.model, copy.deepcopy(caller.model).to(dtype)
     try:

@@ -53,10 +53,12 @@ from .calls import (
 from .oracle import kept_whole
 from .rotation import check_rotation
 from .shadow import Shadow, Wrong
+from .tools import prompt
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
+OUTCOMES = ("exact", "bound", "refused", "n/a", "crashed", "wrong")
 LENGTH = 64  # more tokens than any call sees
 STRATEGIES = {
     "growing": "growing",
@@ -211,7 +213,8 @@ class Row:
             if got.scores is None:
                 check_first(got, wanted)
         if cell.call == "greedy" and strategy.retention.first:
-            check_rotation(self.model, STRATEGIES[cell.strategy])
+            source = self.caller.inputs(prompt(17)) if self.caller.architecture.source else None
+            check_rotation(self.model, STRATEGIES[cell.strategy], source)
         if cell.call == "left-padded batch" and strategy.codec.lossless and not whole:
             self._check_alone(got)
         if strategy.codec.lossless and whole:
@@ -349,8 +352,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 def counts(results: list[Result]) -> dict[str, int]:
     """Cells by outcome."""
-    names = ("exact", "bound", "refused", "n/a", "crashed", "wrong")
-    return {name: sum(r.outcome == name for r in results) for name in names}
+    return {name: sum(r.outcome == name for r in results) for name in OUTCOMES}
+
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import DynamicCache
+from transformers import DynamicCache, EncoderDecoderCache
 
 from ..cache import build
 from ..compat import cache_argument
@@ -18,23 +18,26 @@ if TYPE_CHECKING:
 DISTANCE = 11  # positions
 
 
-def check_rotation(model: Any, spec: str) -> None:
+def check_rotation(model: Any, spec: str, inputs: dict[str, Any] | None = None) -> None:
     """Raise `Wrong` unless one token's keys at two positions are related as pins are moved.
 
     Alone in its text, a token is the same to every layer wherever it stands, but for its position.
-    Models with learned positions are not: there no key is turned, and none can be checked.
+    `inputs` are those of an encoder before the decoder, where there is one. Models with learned positions are not: there no key is turned, and none can be checked.
     """
     config = model.config.get_text_config(decoder=True)
-    caches = []
+    token, caches = torch.tensor([[7]]), []
     for position in (0, DISTANCE):
         cache = DynamicCache(config=config)
+        where = torch.tensor([[position]])
+        if inputs is None:
+            fed = {"input_ids": token, "position_ids": where} | cache_argument(cache)
+        else:
+            both = EncoderDecoderCache(cache, DynamicCache(config=config))
+            fed = inputs | {"decoder_input_ids": token, "decoder_position_ids": where}
+            fed |= cache_argument(both)
         try:
             with torch.no_grad():
-                model(
-                    torch.tensor([[7]]),
-                    position_ids=torch.tensor([[position]]),
-                    **cache_argument(cache),
-                )
+                model(**fed)
         except (TypeError, ValueError):
             return  # it takes no positions: it has none, or counts them itself
         caches.append(cache)

@@ -18,7 +18,7 @@ from ..layer import Layer
 from ..static import StaticCodedLayer, StaticLayer
 from ..view import View
 from .oracle import Oracle, encoded_columns
-from .tools import TOLERANCE, dense
+from .tools import TOLERANCE
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -100,7 +100,7 @@ class Shadow:
             oracle = self.oracles[layer] = Oracle(layer.strategy.retention, self._rows(keys))
         first, S = oracle.first_visible(), keys.shape[2]
         length, offset = layer.get_mask_sizes(S)
-        exact = keys.clone(), values.clone()
+        exact = keys.float().clone(), values.float().clone()
         got = original(layer, keys, values, *args, **kw)
         oracle.update(*exact)
         if int(layer.get_seq_length()) != oracle.seen:
@@ -109,15 +109,16 @@ class Shadow:
         if offset != first:
             raise Wrong(f"the mask starts at column {offset}, not {first}")
         sides, pinned = oracle.visible(first)
-        contents = []
-        for name, x, (wanted, error) in zip(("keys", "values"), got, sides, strict=True):
+        contents = as_stored(got)
+        for name, x, content, (wanted, error) in zip(
+            ("keys", "values"), got, contents, sides, strict=True
+        ):
             if x.shape[2] != length:
                 raise Wrong(f"announced {length} columns, gave {x.shape[2]} {name}")
-            content = dense(x)
             if name == "keys" and pinned.any():
                 wanted = self._turned(layer, oracle, wanted, pinned, first)
-            self._compare(name, content[:, :, : wanted.shape[2]], wanted, error, S)
-            contents.append(content)
+            slack = torch.finfo(x.dtype).eps * pinned[:, None, :, None]  # pins are turned
+            self._compare(name, content[:, :, : wanted.shape[2]], wanted, error, slack)
         if isinstance(got[0], View):
             self.contents[id(got[0]._stored)] = (got[0]._stored, *contents)
         oracle.follow(layer)
@@ -148,15 +149,14 @@ class Shadow:
         turned = rotation.shift(keys, by)
         return torch.where(pinned[:, None, :, None], turned, keys)
 
-    def _compare(self, name: str, got: Tensor, wanted: Tensor, error: Tensor, S: int) -> None:
+    def _compare(
+        self, name: str, got: Tensor, wanted: Tensor, error: Tensor, slack: Tensor
+    ) -> None:
         if got.shape != wanted.shape:
             raise Wrong(f"{name} are {tuple(got.shape)}, not {tuple(wanted.shape)}")
-        # a decoded number is rounded to the model's dtype, and so was the bound's arithmetic
-        rounding = torch.finfo(wanted.dtype).eps * wanted.abs().double() + 1e-6
-        allowed = error.double() * (1 + 1e-6) + torch.where(error > 0, rounding, 0.0)
-        if got.shape[2] > S:  # pins are turned in float32
-            allowed[:, :, :-S] += torch.where(error[:, :, :-S] > 0, 0.0, 2 * rounding[:, :, :-S])
-        over = (got.double() - wanted.double()).abs() - allowed
+        # decoding and the codec's bound are arithmetic in float32 themselves
+        rounding = torch.where(error > 0, 1e-6 * (1 + wanted.abs()), 2 * slack * wanted.abs().max())
+        over = (got - wanted).abs() - error * (1 + 1e-6) - rounding
         if not bool((over <= 0).all()):
             raise Wrong(f"{name} are {float(over.max()):.3g} further from exact than allowed")
 
@@ -189,28 +189,39 @@ class Shadow:
         scale: float | None = None,
         enable_gqa: bool = False,
     ) -> Tensor:
-        def attend(k: Tensor, v: Tensor, gqa: bool) -> Tensor:
-            return original(
-                query, k, v, attn_mask=attn_mask, dropout_p=dropout_p, is_causal=is_causal,
-                scale=scale, enable_gqa=gqa,
-            )  # fmt: skip
-
-        got = attend(key, value, enable_gqa)
+        got = original(
+            query, key, value, attn_mask=attn_mask, dropout_p=dropout_p, is_causal=is_causal,
+            scale=scale, enable_gqa=enable_gqa,
+        )  # fmt: skip
         if not isinstance(key, View):
             return got
         _, keys, values = self.contents[id(key._stored)]
-        sides = (keys, values if isinstance(value, View) else value)
-        Q = query.shape[1]
-        wanted = attend(*(x.repeat_interleave(Q // x.shape[1], 1) for x in sides), False)
+        sides = (keys, values if isinstance(value, View) else value.float())
+        mask = attn_mask
+        if mask is not None and mask.is_floating_point():
+            mask = mask.float()
+        wanted = original(
+            query.float(),
+            *(x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in sides),
+            attn_mask=mask, is_causal=is_causal, scale=scale,
+        )  # fmt: skip
         if attn_mask is not None:  # a query that may see nothing gets anything
             hidden = torch.finfo(attn_mask.dtype).min / 2 if attn_mask.is_floating_point() else 0
             sees = (attn_mask > hidden).any(-1, keepdim=True)
-            got_, wanted = (torch.where(sees, x, 0.0) for x in (got, wanted))
-        else:
-            got_ = got
-        bound = TOLERANCE[query.dtype] * max(1.0, float(wanted.float().abs().max()))
-        error = float((got_.float() - wanted.float()).abs().max())
+            wanted = torch.where(sees, wanted, got.float())
+        bound = TOLERANCE[query.dtype] * max(1.0, float(wanted.abs().max()))
+        error = float((got.float() - wanted).abs().max())
         if not error <= bound:
             raise Wrong(f"attention is {error:.3g} from dense attention over the same content")
         self.attentions_checked += 1
         return got
+
+
+def as_stored(got: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """Keys and values that an update returned, dense, in float32: decoded, but not yet rounded."""
+    if not isinstance(got[0], View):
+        return got[0].float(), got[1].float()
+    stored = got[0]._stored
+    pieces = list(stored.pieces(max(stored.block_count, 1)))
+    sides = [torch.cat([x.float() for x in side], 2) for side in zip(*pieces, strict=True)]
+    return tuple(torch.nn.functional.pad(x, (0, 0, 0, stored.empty)) for x in sides)
