@@ -270,7 +270,7 @@ CALLS: dict[str, Callable[[Caller], Run]] = {
 def check_equal(got: Run, wanted: Run) -> None:
     """Raise `Wrong` unless both are the same text by the same scores.
 
-    Scores are compared as long as the texts are equal; these part only where two tokens score alike.
+    Scores are compared as long as the texts are equal; these part only where two score alike.
     """
     if got.scores is not None:
         _close("scores of beams", got.scores, wanted.scores, TOLERANCE)

@@ -116,8 +116,8 @@ def _by_architecture(results: list[Result], notes: Notes) -> str:
         [
             "## By architecture",
             "",
-            f"How many of the {len(CALLS)} calls (`{'`, `'.join(CALLS)}`) came out so; `R` with the "
-            "number of its reason below.",
+            f"How many of the {len(CALLS)} calls (`{'`, `'.join(CALLS)}`) came out so; `R` with "
+            "the number of its reason below.",
             "",
             "| architecture | " + " | ".join(STRATEGIES) + " |",
             "|---|" + "---|" * len(STRATEGIES),

@@ -22,7 +22,13 @@ def check_rotation(model: Any, spec: str, inputs: dict[str, Any] | None = None) 
     """Raise `Wrong` unless one token's keys at two positions are related as pins are moved.
 
     Alone in its text, a token is the same to every layer wherever it stands, but for its position.
-    `inputs` are those of an encoder before the decoder, where there is one. Models with learned positions are not: there no key is turned, and none can be checked.
+    Models with learned positions are not so: there no key is turned, and none can be checked.
+
+    Args:
+        model: any that generates.
+        spec: a strategy that pins.
+        inputs: of the encoder, where there is one before the decoder.
+
     """
     config = model.config.get_text_config(decoder=True)
     token, caches = torch.tensor([[7]]), []
@@ -42,7 +48,9 @@ def check_rotation(model: Any, spec: str, inputs: dict[str, Any] | None = None) 
             return  # it takes no positions: it has none, or counts them itself
         caches.append(cache)
     ours = build(spec, config)
-    for i, (layer, near, far) in enumerate(zip(ours.layers, *(c.layers for c in caches))):
+    for i, (layer, near, far) in enumerate(
+        zip(ours.layers, *(c.layers for c in caches), strict=True)
+    ):
         pins = getattr(layer, "pins", None)
         if not isinstance(layer, Layer) or pins is None or not near.is_initialized:
             continue
