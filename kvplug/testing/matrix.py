@@ -77,6 +77,7 @@ STRATEGIES = {
     "long sinks": "sinks(sinks=2, window=100)",
 }
 IN_PIECES = ("chunked prefill", "second turn", "crop, go on")  # nothing is seen in full at once
+GUESSED = ("prompt lookup", "assistant")  # all may be guessed right: one pass, nothing stored
 # of each of these, a cell of architecture and call has one: placement meets neither of the two
 ALTERNATIVES = [("host", "disk", "int4+host"), ("sinks+int8", "long window", "long sinks")]
 
@@ -202,10 +203,11 @@ class Row:
         whole = kept_whole(strategy.retention, LENGTH)
         if not shadow.contents_checked and cell.strategy != "static":
             raise Wrong("no layer of ours was ever updated")
-        if not strategy.codec.lossless and not (shadow.encoded or shadow.dropped):
-            raise Wrong("nothing was ever encoded")
-        if not whole and not shadow.dropped:
-            raise Wrong("nothing was ever dropped")
+        if cell.call not in GUESSED:
+            if not strategy.codec.lossless and not (shadow.encoded or shadow.dropped):
+                raise Wrong("nothing was ever encoded")
+            if not whole and not shadow.dropped:
+                raise Wrong("nothing was ever dropped")
         if cell.call in ("bfloat16", "float16"):
             if strategy.codec.lossless and whole:
                 check_as_near(got, wanted, self._best())

@@ -10,7 +10,7 @@ from transformers import DynamicCache, EncoderDecoderCache
 from ..cache import build
 from ..compat import cache_argument
 from ..layer import Layer
-from .shadow import Wrong
+from .shadow import Wrong, turns
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -54,18 +54,19 @@ def check_rotation(model: Any, spec: str, inputs: dict[str, Any] | None = None) 
         pins = getattr(layer, "pins", None)
         if not isinstance(layer, Layer) or pins is None or not near.is_initialized:
             continue
-        rotation, before, after = pins.rotation, near.keys, far.keys
-        moved = before
-        if rotation is not None:
-            moved = rotation.shift(before, torch.tensor([DISTANCE]))
-        elif not _turned(before, after):
-            continue
-        error = float((moved - after).abs().max() / after.abs().max())
-        if error > 1e-3:
-            raise Wrong(
-                f"pins of layer {i} are moved to other keys than the model writes there: "
-                f"{100 * error:.0f} % off"
-            )
+        for side, rotation in zip(("keys", "values"), turns(pins), strict=True):
+            before, after = getattr(near, side), getattr(far, side)
+            moved = before
+            if rotation is not None:
+                moved = rotation.shift(before, torch.tensor([DISTANCE]))
+            elif not _turned(before, after):
+                continue
+            error = float((moved - after).abs().max() / after.abs().max())
+            if error > 1e-3:
+                raise Wrong(
+                    f"pins of layer {i} are moved to other {side} than the model writes there: "
+                    f"{100 * error:.0f} % off"
+                )
 
 
 def _turned(before: Tensor, after: Tensor) -> bool:

@@ -109,16 +109,18 @@ class Shadow:
         if offset != first:
             raise Wrong(f"the mask starts at column {offset}, not {first}")
         sides, pinned = oracle.visible(first)
-        contents = as_stored(got)
-        for name, x, content, (wanted, error) in zip(
-            ("keys", "values"), got, contents, sides, strict=True
-        ):
+        # a static layer returns empty room behind its tokens, to which nothing attends
+        contents = [x[:, :, : oracle.seen - first] for x in as_stored(got)]
+        by = self._moved(oracle, first) if pinned.any() else None
+        for i, name in enumerate(("keys", "values")):
+            x, content, (wanted, error) = got[i], contents[i], sides[i]
             if x.shape[2] != length:
                 raise Wrong(f"announced {length} columns, gave {x.shape[2]} {name}")
-            if name == "keys" and pinned.any():
-                wanted = self._turned(layer, oracle, wanted, pinned, first)
+            if by is not None and (rotation := turns(layer.pins)[i]):
+                turned = rotation.shift(wanted, by)
+                wanted = torch.where(pinned[:, None, :, None], turned, wanted)
             slack = torch.finfo(x.dtype).eps * pinned[:, None, :, None]  # pins are turned
-            self._compare(name, content[:, :, : wanted.shape[2]], wanted, error, slack)
+            self._compare(name, content, wanted, error, slack)
         if isinstance(got[0], View):
             self.contents[id(got[0]._stored)] = (got[0]._stored, *contents)
         oracle.follow(layer)
@@ -135,19 +137,12 @@ class Shadow:
             return torch.zeros(B, dtype=torch.long)
         return self.padding.repeat_interleave(B // len(self.padding))
 
-    def _turned(
-        self, layer: Any, oracle: Oracle, keys: Tensor, pinned: Tensor, first: int
-    ) -> Tensor:
-        """Pinned keys at the positions right before those of the window."""
-        rotation = layer.pins.rotation
-        if rotation is None:
-            return keys
-        by = first - oracle.padding
-        if self.position is not None and len(self.position) == len(by):
-            # the newest column is oracle.seen - 1; pins stand as many columns before it
-            by = self.position - (oracle.seen - 1 - first)
-        turned = rotation.shift(keys, by)
-        return torch.where(pinned[:, None, :, None], turned, keys)
+    def _moved(self, oracle: Oracle, first: int) -> Tensor:
+        """By how many positions the pins of each row [B] stand later than they came."""
+        if self.position is None or len(self.position) != len(oracle.padding):
+            return first - oracle.padding
+        # the newest column is oracle.seen - 1; pins stand as many columns before it
+        return self.position - (oracle.seen - 1 - first)
 
     def _compare(
         self, name: str, got: Tensor, wanted: Tensor, error: Tensor, slack: Tensor
@@ -196,8 +191,9 @@ class Shadow:
         if not isinstance(key, View):
             return got
         _, keys, values = self.contents[id(key._stored)]
-        sides = (keys, values if isinstance(value, View) else value.float())
-        mask = attn_mask
+        T = keys.shape[2]
+        sides = (keys, values if isinstance(value, View) else value[:, :, :T].float())
+        mask = attn_mask if attn_mask is None else attn_mask[..., :T]
         if mask is not None and mask.is_floating_point():
             mask = mask.float()
         wanted = original(
@@ -205,9 +201,9 @@ class Shadow:
             *(x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in sides),
             attn_mask=mask, is_causal=is_causal, scale=scale,
         )  # fmt: skip
-        if attn_mask is not None:  # a query that may see nothing gets anything
-            hidden = torch.finfo(attn_mask.dtype).min / 2 if attn_mask.is_floating_point() else 0
-            sees = (attn_mask > hidden).any(-1, keepdim=True)
+        if mask is not None:  # a query that may see nothing gets anything
+            hidden = torch.finfo(attn_mask.dtype).min / 2 if mask.is_floating_point() else 0
+            sees = (mask > hidden).any(-1, keepdim=True)
             wanted = torch.where(sees, wanted, got.float())
         bound = TOLERANCE[query.dtype] * max(1.0, float(wanted.abs().max()))
         error = float((got.float() - wanted).abs().max())
@@ -218,10 +214,17 @@ class Shadow:
 
 
 def as_stored(got: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """Keys and values that an update returned, dense, in float32: decoded, but not yet rounded."""
+    """Keys and values that an update returned, dense, in float32: decoded, but not yet rounded.
+
+    Views give what is stored, others empty room too.
+    """
     if not isinstance(got[0], View):
         return got[0].float(), got[1].float()
     stored = got[0]._stored
     pieces = list(stored.pieces(max(stored.block_count, 1)))
-    sides = [torch.cat([x.float() for x in side], 2) for side in zip(*pieces, strict=True)]
-    return tuple(torch.nn.functional.pad(x, (0, 0, 0, stored.empty)) for x in sides)
+    return tuple(torch.cat([x.float() for x in side], 2) for side in zip(*pieces, strict=True))
+
+
+def turns(pins: Any) -> tuple[Any, Any]:
+    """How pinned keys and values are turned when they move; None: not at all."""
+    return getattr(pins, "turn", None) or (pins.rotation, None)
