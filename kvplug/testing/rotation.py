@@ -10,7 +10,7 @@ from transformers import DynamicCache, EncoderDecoderCache
 from ..cache import build
 from ..compat import cache_argument
 from ..layer import Layer
-from .shadow import Wrong, turns
+from .shadow import Wrong
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -54,7 +54,7 @@ def check_rotation(model: Any, spec: str, inputs: dict[str, Any] | None = None) 
         pins = getattr(layer, "pins", None)
         if not isinstance(layer, Layer) or pins is None or not near.is_initialized:
             continue
-        for side, rotation in zip(("keys", "values"), turns(pins), strict=True):
+        for side, rotation in zip(("keys", "values"), pins.turn, strict=True):
             before, after = getattr(near, side), getattr(far, side)
             moved = before
             if rotation is not None:

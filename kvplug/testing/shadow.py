@@ -116,7 +116,7 @@ class Shadow:
             x, content, (wanted, error) = got[i], contents[i], sides[i]
             if x.shape[2] != length:
                 raise Wrong(f"announced {length} columns, gave {x.shape[2]} {name}")
-            if by is not None and (rotation := turns(layer.pins)[i]):
+            if by is not None and (rotation := layer.pins.turn[i]):
                 turned = rotation.shift(wanted, by)
                 wanted = torch.where(pinned[:, None, :, None], turned, wanted)
             slack = torch.finfo(x.dtype).eps * pinned[:, None, :, None]  # pins are turned
@@ -223,8 +223,3 @@ def as_stored(got: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
     stored = got[0]._stored
     pieces = list(stored.pieces(max(stored.block_count, 1)))
     return tuple(torch.cat([x.float() for x in side], 2) for side in zip(*pieces, strict=True))
-
-
-def turns(pins: Any) -> tuple[Any, Any]:
-    """How pinned keys and values are turned when they move; None: not at all."""
-    return getattr(pins, "turn", None) or (pins.rotation, None)
