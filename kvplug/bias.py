@@ -1,9 +1,10 @@
-"""Models whose bias by distance is made for all tokens seen, whatever a cache keeps.
+"""Models whose own bias or mask is made for all tokens seen, whatever a cache keeps.
 
 Such a bias has one column for each column of the padding mask (alibi), or counts the distance to
 the keys it gets from the first token on (relative buckets): it is right only for a cache that hands
 out all columns. What is not visible cannot be cut off from outside, as the model adds the bias to
-the scores itself. MPT cuts it to the keys it gets, and is served like any other model.
+the scores itself. MPT cuts it to the keys it gets, and is served like any other model. GPT-Neo's
+causal mask is of its own making and takes the last column for the newest token.
 """
 
 from __future__ import annotations
@@ -27,8 +28,14 @@ def refusals(config: PreTrainedConfig, strategy: Strategy) -> tuple[str | None, 
             f"{strategy} drops some: use full",
             None,
         )
-    bloom = config.model_type == "bloom"
     compiled = strategy.layout.is_compileable(strategy)
+    if compiled and config.model_type == "gpt_neo":
+        return (
+            f"the causal mask of {model} takes the last column for the newest token, and "
+            f"{strategy} has empty room there: use full+growing",
+            None,
+        )
+    bloom = config.model_type == "bloom"
     if not (bloom or getattr(config, "alibi", False)) or not (windowed or compiled):
         return None, None
     why = (

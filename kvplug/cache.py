@@ -29,6 +29,7 @@ from .compat import (
 from .errors import CacheOverflow, Mismatch, SpecError
 from .kernels.reference import Reference
 from .layer import Layer
+from .layout.growing import Growing
 from .probe import positions_depend_on_images
 from .retention.window import Window
 from .rope import turns
@@ -217,6 +218,9 @@ def build(
     if strategy.layout.is_compileable(strategy):
         stay = transformers.StaticCache(config=config, max_cache_len=strategy.layout.limit).layers
         layers = [_static_layer(x, strategy, stats) or y for x, y in zip(theirs, stay, strict=True)]
+        for i in getattr(text, "cross_attention_layers", ()):  # as many columns as the image has
+            growing = strategy.replace(layout=Growing())
+            layers[i] = _layer(theirs[i], growing, place, stats, None) or theirs[i]
         # windows stay in full precision: a codec does not serve a model of nothing else
         served = (
             StaticCodedLayer

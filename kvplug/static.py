@@ -186,7 +186,16 @@ class StaticCodedLayer(StaticLayer):
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """All room for a decode step, whose shapes must not change; else what is in use."""
         self._check_room(query_length)
-        return (self.max_cache_len if query_length == 1 else self.held() + query_length), 0
+        return (
+            self.max_cache_len if self._gives_all(query_length) else self.held() + query_length
+        ), 0
+
+    def _gives_all(self, S: int) -> bool:
+        """Whether S new tokens get all room, empty columns included.
+
+        Not while the past is recorded: transformers masks those of a cache that compiles, alone.
+        """
+        return S == 1 and not self.record_past
 
     @property
     def keys(self) -> Tensor | None:
@@ -287,7 +296,7 @@ class StaticCodedLayer(StaticLayer):
         """Take new tokens; return what they attend to."""
         rows = [torch.cat(pair, dim=2) for pair in zip(self._rest(), (keys, values), strict=True)]
         self.cumulative_length.add_(keys.shape[2])
-        empty = self.max_cache_len - self.held() if keys.shape[2] == 1 else 0
+        empty = self.max_cache_len - self.held() if self._gives_all(keys.shape[2]) else 0
         stored = self._stored(rows, empty)
         if self.record_past:
             R = self.tail[0].shape[2]
