@@ -129,6 +129,7 @@ class Architecture:
     media: Callable[[Tensor], dict[str, Tensor]] | None = None  # ids -> inputs with picture, sound
     source: str = ""  # of an encoder-decoder: "text", "speech" or "wave"
     attention: str | None = None
+    typed: bool = False  # it must be told which tokens are a picture's, in a text without any too
 
 
 def text(config: str, settings: dict[str, Any], **kwargs: Any) -> Architecture:
@@ -136,9 +137,9 @@ def text(config: str, settings: dict[str, Any], **kwargs: Any) -> Architecture:
     return Architecture(config, settings, **kwargs)
 
 
-def seeing(config: str, settings: dict[str, Any], media: Callable) -> Architecture:
+def seeing(config: str, settings: dict[str, Any], media: Callable, **kwargs: Any) -> Architecture:
     """A model of text and pictures."""
-    return Architecture(config, settings, "AutoModelForImageTextToText", media)
+    return Architecture(config, settings, "AutoModelForImageTextToText", media, **kwargs)
 
 
 ARCHITECTURES = {
@@ -357,7 +358,7 @@ ARCHITECTURES = {
         {"text_config": {"model_type": "gemma", **HEAD, **SEEN},
          "vision_config": {"model_type": "siglip_vision_model", **CLIP, "projection_dim": 64},
          "image_token_index": IMAGE, "projection_dim": 64, "hidden_size": 64},
-        one_image_with_types,
+        one_image_with_types, typed=True,
     ),
     "smolvlm": seeing(
         "SmolVLM",

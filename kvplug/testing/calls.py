@@ -61,6 +61,8 @@ class Caller:
             "do_sample": False, "max_new_tokens": self.new, "return_dict_in_generate": True,
             "output_logits": True,
         }  # fmt: skip
+        if self.architecture.typed and "token_type_ids" not in inputs:
+            inputs = inputs | as_text(inputs.get("input_ids", inputs.get("inputs_embeds")))
         torch.manual_seed(0)
         self.before()
         # not model.generate: Whisper's own transcribes, in pieces, by other rules
@@ -152,8 +154,9 @@ def cropped(caller: Caller) -> Run:
     cache, ids = caller.cache(), prompt(17)
     cache.activate_past_recording()
     with torch.no_grad():
-        caller.model(ids, **cache_argument(cache))
-        caller.model(prompt(5, seed=3), **cache_argument(cache))
+        for part in (ids, prompt(5, seed=3)):
+            types = as_text(part) if caller.architecture.typed else {}
+            caller.model(part, **types, **cache_argument(cache))
     cache.crop(-5)
     ids = torch.cat((ids, prompt(4, seed=4)), 1)
     return caller.run(unmasked(ids), **cache_argument(cache))
@@ -197,6 +200,11 @@ def media(caller: Caller) -> Run:
     if caller.architecture.media is None:
         raise NoSuchCall("sees and hears nothing beside text")
     return caller.run(caller.architecture.media(prompt(13, 2)))
+
+
+def as_text(x: Tensor) -> dict[str, Tensor]:
+    """Types of tokens [B, S] (or their embeddings) that are no picture's, as processors give."""
+    return {"token_type_ids": torch.zeros(x.shape[:2], dtype=torch.long)}
 
 
 def unmasked(ids: Tensor) -> dict[str, Tensor]:

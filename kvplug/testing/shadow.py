@@ -40,7 +40,8 @@ class Shadow:
         self.model, self.padding = model, padding
         self.oracles: WeakKeyDictionary[Any, Oracle] = WeakKeyDictionary()
         self.contents: dict[int, tuple[Any, Tensor, Tensor]] = {}  # by stored: it, keys, values
-        self.position: Tensor | None = None  # [B] of the newest token, as the model counts
+        self.positions: Tensor | None = None  # [B, S] of the tokens under way, by the model's count
+        self.starts: WeakKeyDictionary[Any, Tensor] = WeakKeyDictionary()  # [B] of first tokens
         self.contents_checked = self.attentions_checked = 0
         self.encoded = self.dropped = 0  # most columns of a layer that were, at one time
         self.forwards = 0  # of the model, since the call began
@@ -83,12 +84,12 @@ class Shadow:
         self.contents.clear()
 
     def _left(self, *_: object) -> None:
-        self.position = None  # an assistant's layers are watched too, its positions are not
+        self.positions = None  # an assistant's layers are watched too, its positions are not
 
     def _positions(self, _: Any, args: tuple, kwargs: dict) -> None:
         positions = kwargs.get("position_ids", args[1] if len(args) > 1 else None)
         if isinstance(positions, torch.Tensor) and positions.dim() in (2, 3):
-            self.position = (positions if positions.dim() == 2 else positions[0])[:, -1]
+            self.positions = positions if positions.dim() == 2 else positions[0]
 
     # --- layers
 
@@ -98,6 +99,8 @@ class Shadow:
         oracle = self.oracles.get(layer)
         if oracle is None:
             oracle = self.oracles[layer] = Oracle(layer.strategy.retention, self._rows(keys))
+            if self.positions is not None and len(self.positions) == len(keys):
+                self.starts[oracle] = self.positions.gather(1, oracle.padding[:, None])[:, 0]
         first, S = oracle.first_visible(), keys.shape[2]
         length, offset = layer.get_mask_sizes(S)
         exact = keys.float().clone(), values.float().clone()
@@ -139,10 +142,11 @@ class Shadow:
 
     def _moved(self, oracle: Oracle, first: int) -> Tensor:
         """By how many positions the pins of each row [B] stand later than they came."""
-        if self.position is None or len(self.position) != len(oracle.padding):
+        start = self.starts.get(oracle)
+        if start is None or self.positions is None or len(self.positions) != len(start):
             return first - oracle.padding
         # the newest column is oracle.seen - 1; pins stand as many columns before it
-        return self.position - (oracle.seen - 1 - first)
+        return self.positions[:, -1] - (oracle.seen - 1 - first) - start
 
     def _compare(
         self, name: str, got: Tensor, wanted: Tensor, error: Tensor, slack: Tensor
