@@ -39,18 +39,23 @@ METHODS = (
     *("is_floating_point", "is_complex", "is_signed", "is_inference", "is_conj", "is_neg"),
     *("is_shared", "is_distributed", "_is_view"),
 )
+# what gives an address, or what is asked for one; NumPy and DLPack keep alive what they are given
+ADDRESSES = ("data_ptr", "const_data_ptr", "untyped_storage", "_typed_storage", "storage")
+
+
+def _of_tensor(names: tuple[str, ...]) -> list[Any]:
+    """Attributes of `torch.Tensor`, as far as this torch has them: 2.11 lacks some of 2.13."""
+    return [getattr(torch.Tensor, name) for name in names if hasattr(torch.Tensor, name)]
+
+
 METADATA = {
-    *(getattr(torch.Tensor, name).__get__ for name in PROPERTIES),
-    *(getattr(torch.Tensor, name) for name in METHODS),
+    *(x.__get__ for x in _of_tensor(PROPERTIES)),
+    *_of_tensor(METHODS),
     *(torch.is_floating_point, torch.is_complex, torch.is_signed, torch.is_inference),
     *(torch.is_conj, torch.is_neg, torch.numel),
 }
-# what gives an address, or what is asked for one; NumPy and DLPack keep alive what they are given
 CUDA_POINTER = torch.Tensor.__cuda_array_interface__.__get__
-POINTERS = {
-    *(torch.Tensor.data_ptr, torch.Tensor.const_data_ptr, torch.Tensor._typed_storage),
-    *(torch.Tensor.untyped_storage, torch.Tensor.storage, CUDA_POINTER),
-}
+POINTERS = {*_of_tensor(ADDRESSES), CUDA_POINTER}
 OPERATORS = (torch._ops.OpOverload, torch._ops.OpOverloadPacket)
 # what writes to its first argument, beside functions whose name ends with an underscore
 WRITING = {
