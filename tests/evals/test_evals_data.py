@@ -156,7 +156,7 @@ def test_a_preset_without_the_hub_says_what_is_accepted(name, hub, monkeypatch):
         raise ConnectionError("offline mode is enabled")
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    with pytest.raises(ConfigError, match="offline mode is enabled Accepted are wikitext-2, "):
+    with pytest.raises(ConfigError, match=r"offline mode is enabled\. Accepted are wikitext-2, "):
         data.load(name)
 
 
