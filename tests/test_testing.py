@@ -136,7 +136,9 @@ def test_eviction_before_attention_is_found_out(monkeypatch):
     checks.test_prompt_is_read_in_full(strategy, 9)
     plain = Layer._visible
     monkeypatch.setattr(
-        Layer, "_visible", lambda self, first, S: plain(self, max(first, self.seen - 9), S)
+        Layer,
+        "_visible",
+        lambda self, first, S, graph: plain(self, max(first, self.seen - 9), S, graph),
     )
     with pytest.raises((AssertionError, RuntimeError, ValueError)):
         checks.test_prompt_is_read_in_full(strategy, 9)
@@ -232,7 +234,12 @@ def _reopen_wrongly(layer):
         ),
         ("window(length=9)", "get_mask_sizes", lambda self, n: (self.seen + n, 0)),
         ("int4(block=8, tail=0)", "_reopen_last_block", lambda self: _reopen_wrongly(self)),
-        ("sinks(sinks=2, window=6)", "_lift_pins", lambda self: None),
+        # the columns' own tokens in place of the pinned ones
+        (
+            "sinks(sinks=2, window=6)",
+            "_pins",
+            lambda self, i: [self._read(i, i + 2, x) for x in (0, 1)],
+        ),
     ],
 )
 def test_a_broken_layer_is_found_out(monkeypatch, spec, method, wrong):
