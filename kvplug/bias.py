@@ -11,11 +11,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from . import compat
 from .compat import modeling
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
+    from .cache import Cache
     from .spec import Strategy
 
 
@@ -35,6 +37,12 @@ def refusals(config: PreTrainedConfig, strategy: Strategy) -> tuple[str | None, 
             f"{strategy} has empty room there: use full+growing",
             None,
         )
+    if compiled and hasattr(config, "cross_attention_layers"):
+        return (
+            f"{model} has layers with as many columns as its images, and {strategy} reserves the "
+            "same room in all: use full+growing",
+            None,
+        )
     bloom = config.model_type == "bloom"
     if not (bloom or getattr(config, "alibi", False)) or not (windowed or compiled):
         return None, None
@@ -48,3 +56,17 @@ def refusals(config: PreTrainedConfig, strategy: Strategy) -> tuple[str | None, 
             return None, None  # the mask is padded to all room
         return None, f"{why}: for rows of unlike length use full+growing, or one row at a time"
     return f"{why}: use full+growing", None
+
+
+def refusal_of_attentions(config: PreTrainedConfig, cache: Cache) -> str | None:
+    """Why a cache cannot serve a call with `output_attentions`.
+
+    Falcon then adds its mask to the scores itself, which under sdpa is one of True and False; a
+    cache with empty room always has a mask.
+    """
+    if config.model_type != "falcon" or not cache.is_compileable or not compat.is_sdpa(config):
+        return None
+    return (
+        f"output_attentions of {type(config).__name__} with {cache.strategy} are wrong under sdpa: "
+        "load the model with attn_implementation='eager', or use full+growing"
+    )

@@ -29,7 +29,6 @@ from .compat import (
 from .errors import CacheOverflow, Mismatch, SpecError
 from .kernels.reference import Reference
 from .layer import Layer
-from .layout.growing import Growing
 from .probe import positions_depend_on_images
 from .retention.window import Window
 from .rope import turns
@@ -77,6 +76,16 @@ class Cache(transformers.Cache):
     def stats(self) -> dict:
         """What ran: calls per kernel, dense copies by cause, blocks encoded; and the full spec."""
         return {"strategy": repr(self.strategy)} | self._stats.as_dict()
+
+    @property
+    def is_compileable(self) -> bool:
+        """Whether a decode step has one shape for all lengths, empty room included.
+
+        Asked of our layers alone: where it is False transformers leaves out masks that hide nothing
+        but empty room, and a linear-attention state that grows to record the past has none.
+        """
+        ours = (Layer, OurStaticLayer, StaticSlidingLayer)
+        return all(layer.is_compileable for layer in self.layers if isinstance(layer, ours))
 
     def set_padding(self, attention_mask: Tensor | None) -> None:
         """Tell which tokens are left padding: attention_mask [B, T], 0 for padding.
@@ -218,9 +227,6 @@ def build(
     if strategy.layout.is_compileable(strategy):
         stay = transformers.StaticCache(config=config, max_cache_len=strategy.layout.limit).layers
         layers = [_static_layer(x, strategy, stats) or y for x, y in zip(theirs, stay, strict=True)]
-        for i in getattr(text, "cross_attention_layers", ()):  # as many columns as the image has
-            growing = strategy.replace(layout=Growing())
-            layers[i] = _layer(theirs[i], growing, place, stats, None) or theirs[i]
         # windows stay in full precision: a codec does not serve a model of nothing else
         served = (
             StaticCodedLayer

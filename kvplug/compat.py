@@ -100,6 +100,11 @@ def output_cache(output: Any) -> Any:
 ATTENTION = "_attn_implementation"
 
 
+def is_sdpa(config: Any) -> bool:
+    """Whether attention of this config is torch's `scaled_dot_product_attention`."""
+    return getattr(config, ATTENTION, None) == "sdpa"
+
+
 def reads_dense_only(config: Any) -> bool:
     """Whether attention of this config compiles itself: views cannot be read inside of that."""
     return getattr(config, ATTENTION, None) == "flex_attention"

@@ -21,7 +21,7 @@ from typing import Any
 
 from transformers import GenerationConfig, GenerationMixin
 
-from . import compat
+from . import bias, compat
 from .cache import Cache, build, is_ours
 from .errors import KvplugError, SpecError, UnknownHost, UnknownStage
 from .layout.growing import Growing
@@ -168,10 +168,13 @@ def _prepare(original: Any) -> Any:
             return original(*call.args, **call.kwargs)
 
         def tell(cache: Cache) -> None:
-            """Where tokens of the prompt stand; what is not said of a decoder is its encoder's."""
+            """What a call brings; what is not said of a decoder is its encoder's."""
             decoder = "decoder_" if self.config.is_encoder_decoder else ""
             mask = model_kwargs.get(f"{decoder}attention_mask")
             cache.set_padding(mask)
+            refused = bias.refusal_of_attentions(self.config, cache)
+            if refused and generation_config.output_attentions:
+                raise SpecError(refused)
             if (position_ids := model_kwargs.get(f"{decoder}position_ids")) is not None:
                 cache.check_positions(position_ids, mask)
 
