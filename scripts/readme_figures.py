@@ -23,6 +23,7 @@ import kvplug  # noqa: E402
 from evals.report import markdown  # noqa: E402
 from evals.runs import Run, load  # noqa: E402
 from evals.strategies import EXACT  # noqa: E402
+from evals.suites import decode as decode_suite  # noqa: E402
 from evals.suites import quick  # noqa: E402
 from evals.tables import Table  # noqa: E402
 
@@ -92,6 +93,30 @@ def kernel() -> str:
         found = [_row(run, name, "speedup", 1, 6016, case)["value"] for name in names]
         body.append([case, *(f"{x:.2f}x" for x in found)])
     return _table(["one layer at 6,016 tokens", *names], body)
+
+
+def cuda() -> str:
+    """Return decoding on a GPU: at lengths new to the process, at others, and bytes held."""
+    (run,) = _runs("cuda-decode")
+    names = EXACT, "growing", "int8", "int4", "int4+host", "transformers:static"
+    names += ("transformers:offloaded",)
+    cells = (1, 4096), (1, 16384), (8, 4096)
+    body = []
+    for name in names:
+        held = _row(run, name, "bytes_held", 1, 16384)["value"]
+        times = [
+            f"{_row(run, name, metric, *cell)['value']:.0f}"
+            for metric in ("decode_new", "decode")
+            for cell in cells
+        ]
+        body.append([name, f"{held / 1e6:,.0f}", *times])
+    what = [f"{batch} x {context:,}" for batch, context in cells]
+    told = [f"{x}, {when}" for when in ("new", "met before") for x in what]
+    table = _table(["ms/token ↓", "held, MB ↓ (1 x 16,384)", *told], body)
+    noise = next(
+        line for line in decode_suite.tables(run.config, run.rows)[-1].notes if "A/A" in line
+    )
+    return f"{table}\n\n{noise.partition(';')[0]}."
 
 
 def answers() -> str:
