@@ -31,6 +31,7 @@ STRATEGIES = (
     "transformers:static",
     "transformers:quantized",
 )
+MOST = 1 << 32  # tokens of text
 LEAST = {"seed": 0, "skip": 0, "warmup": 0, "context": 2, "window": 2}  # others: 1
 
 
@@ -91,6 +92,11 @@ class Config:
                         )
             if value == ():
                 raise ConfigError(f"{f.name} is empty: give at least one")
+        if self.tokens > MOST:
+            raise ConfigError(
+                f"{self.tokens:,} tokens of text would be needed (batch x context, or windows x "
+                f"window): accepted are {MOST:,}"
+            )
         if self.dtype not in DTYPES:
             raise ConfigError(unknown("dtype", self.dtype, list(DTYPES)))
         if self.skip > self.window - 2:  # the last position has no next token to predict

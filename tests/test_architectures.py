@@ -27,6 +27,8 @@ from kvplug.static import StaticCodedLayer
 from kvplug.static import StaticLayer as OurStaticLayer
 from kvplug.testing.tools import assert_close, left_padded, normal, prompt, random_model
 
+pytestmark = pytest.mark.canary
+
 BASE = {
     "vocab_size": 97, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2,
     "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256,

@@ -21,6 +21,8 @@ from kvplug.compat import cache_argument, output_cache
 from kvplug.testing import tiny_llama
 from kvplug.testing.tools import prompt, random_model
 
+pytestmark = pytest.mark.canary
+
 GREEDY = {"do_sample": False, "max_new_tokens": 12}
 
 

@@ -21,6 +21,12 @@ def outcome(*cell):
     return result.outcome, result.reason
 
 
+@pytest.mark.canary
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_each_strategy_generates(strategy):
+    assert outcome("llama", "greedy", strategy)[0] in ("exact", "bound")
+
+
 @pytest.mark.parametrize("cell", a_slice(SEED, 40), ids=str)
 def test_slice(cell):
     """Set KVPLUG_MATRIX_SEED to the date of a run to repeat its slice."""

@@ -12,6 +12,8 @@ from kvplug.compat import cache_argument, output_cache
 from kvplug.testing import tiny_llama
 from kvplug.testing.tools import assert_close, dense, normal, prompt
 
+pytestmark = pytest.mark.canary
+
 # `reference`: another kernel's rounding may tip a code of a later layer over
 SPECS = ["static", "static+int8(block=8)+reference", "static+int4(block=8, tail=8)+reference"]
 

@@ -11,6 +11,7 @@ from evals.strategies import EXACT, Rival, Strategy, resolve
     [
         ("windows", 0, "windows=0: accepted are whole numbers from 1"),
         ("context", (1,), "context=1: accepted are whole numbers from 2"),
+        ("context", (10**20,), "100,000,000,000,000,000,000 tokens of text would be needed"),
         ("skip", 2047, "skip=2047: accepted are 0 to 2046, two less than window"),
         ("threads", 0, "threads=0: accepted are whole numbers from 1"),
         ("dtype", "bfloat61", "unknown dtype 'bfloat61'. Did you mean 'bfloat16'? Known: float32,"),

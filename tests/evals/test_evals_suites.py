@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from transformers import cache_utils
 
 from evals import energy, report, suites
 from evals.clock import step
@@ -18,6 +19,9 @@ from evals.strategies import EXACT, Strategy, resolve
 
 pytestmark = pytest.mark.usefixtures("offline")
 
+# newer than the oldest transformers
+FP8 = ("transformers:fp8",) if hasattr(cache_utils, "Fp8QuantizedLayer") else ()
+
 
 def start(config, tmp_path, console, ok=True):
     assert run(config, tmp_path / "out", console) is ok, console.file.getvalue()
@@ -29,12 +33,12 @@ def start(config, tmp_path, console, ok=True):
 
 def test_decode_end_to_end(config, tmp_path, console, add_rival):
     add_rival("failing:card", "def build(config, length):\n    raise RuntimeError('no card')\n")
-    rows = ("growing", "int8", "transformers:static", "transformers:fp8", "failing:card")
+    rows = ("growing", "int8", "transformers:static", *FP8, "failing:card")
     config = replace(config, suite="decode", strategies=rows, context=(48, 160, 5000), batch=(1, 2))
     rows, table = start(config, tmp_path, console, ok=False)
     figure = {(r["strategy"], r["metric"], r["batch"], r["context"]): r for r in rows}
     limit = 1024 - config.warmup - config.decode_steps
-    for name in (EXACT, "growing", "int8", "transformers:fp8", "control:same"):
+    for name in (EXACT, "growing", "int8", *FP8, "control:same"):
         for batch in (1, 2):
             for context in (48, 160, limit):
                 row = figure[name, "decode", batch, context]
