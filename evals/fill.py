@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING
 
 import torch
 from transformers import DynamicCache
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from evals import clock
 from evals.memory import held_bytes
+from kvplug.compat import DynamicLayer, DynamicSlidingWindowLayer
 
 if TYPE_CHECKING:
     from transformers import Cache, PreTrainedModel

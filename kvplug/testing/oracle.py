@@ -10,9 +10,9 @@ import pytest
 import torch
 from hypothesis import strategies as st
 from transformers import GPT2Config
-from transformers.cache_utils import DynamicLayer
 
 from ..cache import build
+from ..compat import DynamicLayer
 from ..errors import CacheOverflow, Evicted
 from ..layer import Layer
 from ..retention.base import Retention, Scored
