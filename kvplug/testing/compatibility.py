@@ -19,6 +19,8 @@ from .matrix import ALTERNATIVES, OUTCOMES, STRATEGIES, counts
 if TYPE_CHECKING:
     from .matrix import Result
 
+_STAGE = r"(?:growing|static|exact|int\d|window|sinks|host|disk)(?:\([^)]*\))?"
+SPEC = re.compile(rf"\b{_STAGE}(?:\+{_STAGE})*")  # a strategy, as reasons name it
 SYMBOLS = {"exact": "=", "bound": "≈", "refused": "R", "n/a": "·", "crashed": "!", "wrong": "X"}
 MEANING = {
     "exact": "the tokens and scores of transformers' `DynamicCache`",
@@ -145,7 +147,7 @@ def _cells(results: list[Result]) -> str:
 
 
 class Notes:
-    """Reasons, numbered: those that differ in numbers only are one."""
+    """Reasons, numbered: those that differ in numbers and in the strategy they name are one."""
 
     def __init__(self, results: list[Result]) -> None:
         self.cells: dict[tuple[str, str], list[Result]] = defaultdict(list)
@@ -158,7 +160,7 @@ class Notes:
 
     @staticmethod
     def _key(r: Result) -> tuple[str, str]:
-        return r.outcome, re.sub(r"\d+", "#", r.reason)
+        return r.outcome, re.sub(r"\d+", "#", SPEC.sub("", r.reason))
 
     def number(self, r: Result) -> int:
         """The number of a result's reason among those of its outcome."""
