@@ -304,7 +304,7 @@ def _static_layer(theirs: Any, strategy: Strategy, stats: Stats) -> Any:
         return kind(strategy, stats, **state)
     if type(theirs) in SLIDING:
         kind, state = _with_state(theirs, StaticSlidingLayer, CombinedStaticSlidingLayer)
-        return kind(strategy.layout.limit, theirs.sliding_window, **state)
+        return kind(strategy, theirs.sliding_window, **state)
     return None
 
 

@@ -6,15 +6,19 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from .buffer import lasting
 from .compat import StaticSlidingWindowLayer
 from .errors import CacheOverflow, Evicted
+from .gradients import recorded, refuse, refuse_training
 from .layer import overflow, removed
-from .rows import RowOperations, rebatch
+from .rows import RowOperations, check_alike, rebatch
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from torch import Tensor
+
+    from .spec import Strategy
 
 
 class StaticSlidingLayer(RowOperations, StaticSlidingWindowLayer):
@@ -26,8 +30,10 @@ class StaticSlidingLayer(RowOperations, StaticSlidingWindowLayer):
 
     is_croppable = True  # nothing is out of reach of `crop` while the past is recorded
 
-    def __init__(self, max_cache_len: int, sliding_window: int) -> None:
-        super().__init__(max_cache_len=max_cache_len, sliding_window=sliding_window)
+    def __init__(self, strategy: Strategy, sliding_window: int) -> None:
+        self.strategy, max_cache_len = strategy, strategy.layout.limit
+        with lasting():
+            super().__init__(max_cache_len=max_cache_len, sliding_window=sliding_window)
         self.never_slides = max_cache_len < sliding_window
         self.record_past = False
         # keys and values [B, H, T, D] of the window before the record and of all tokens since
@@ -36,18 +42,28 @@ class StaticSlidingLayer(RowOperations, StaticSlidingWindowLayer):
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Add tokens [B, H, S, D]; return columns [B, H, T, D] as `get_mask_sizes` announced."""
+        """Add tokens [B, H, S, D]; return columns [B, H, T, D] as `get_mask_sizes` announced.
+
+        Errors are as `Layer.update` says; gradients are refused, as the window slides in place.
+        """
         self._check_room(key_states.shape[2])
         if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-        key_states, value_states = key_states.detach(), value_states.detach()
+            with lasting():
+                self.lazy_initialization(key_states, value_states)
+        check_alike((self.keys, self.values), (key_states, value_states))
+        graph = None
+        if recorded(key_states, value_states):
+            refuse_training(self.strategy)
+            graph = key_states, value_states
+            key_states, value_states = key_states.detach(), value_states.detach()
         if self.record_past:
             past = self._past or self._in_use()
             self._past = (
                 torch.cat((past[0], key_states), dim=2),
                 torch.cat((past[1], value_states), dim=2),
             )
-        return super().update(key_states, value_states)
+        visible = super().update(key_states, value_states)
+        return visible if graph is None else refuse(self.strategy, graph, visible)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """All room; more once the window slides and `query_length` tokens come at once."""

@@ -5,12 +5,13 @@ import copy
 import pytest
 import torch
 import torch._dynamo.testing
+import transformers
 from transformers import DynamicCache
 
 import kvplug
 from kvplug.compat import cache_argument, output_cache
 from kvplug.testing import tiny_llama
-from kvplug.testing.tools import assert_close, dense, normal, prompt
+from kvplug.testing.tools import assert_close, dense, normal, prompt, random_model
 
 pytestmark = pytest.mark.canary
 
@@ -280,3 +281,54 @@ def test_a_compiled_model_may_take_several_tokens_and_record():
                 if record:
                     cache.crop(-S // 2)
             assert_close(ours.logits, eager.logits)
+
+
+def sliding(**options):
+    """A Mistral whose layers all slide, at 24 tokens."""
+    config = transformers.MistralConfig(
+        vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=8, sliding_window=24,
+        initializer_range=0.3, **options,
+    )  # fmt: skip
+    return random_model(config)
+
+
+@pytest.mark.parametrize(
+    "modes", [(torch.inference_mode, torch.no_grad), (torch.no_grad, torch.inference_mode)]
+)
+def test_windows_pass_between_inference_mode_and_the_rest(modes):
+    model, parts = sliding(), prompt(40, 2).split([20, 1, 9, *[1] * 10], dim=1)
+
+    def run(first, second):
+        with first():
+            cache, out = kvplug.build("static", model.config, max_cache_len=64), []
+        for i, ids in enumerate(parts):
+            with (first, second)[i % 2]():
+                out.append(model(ids, **cache_argument(cache)).logits)
+        with second():
+            cache.reset()
+            return [*out, model(parts[0], **cache_argument(cache)).logits]
+
+    expected = run(torch.no_grad, torch.no_grad)
+    for a, b in zip(run(*modes), expected, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_windows_refuse_gradients_aloud():
+    model = sliding()
+    cache = kvplug.build("static", model.config, max_cache_len=64)
+    with pytest.raises(kvplug.NoGradient, match=r"'static.*' passes no gradient"):
+        model(prompt(8), **cache_argument(cache)).logits.sum().backward()
+    with pytest.raises(kvplug.NoGradient, match="or end training mode"):
+        model.train()(prompt(8), **cache_argument(cache))
+
+
+def test_windows_take_no_other_batch():
+    model = sliding()
+    cache = kvplug.build("static", model.config, max_cache_len=64)
+    with torch.no_grad():
+        model(prompt(8, 2), **cache_argument(cache))
+        with pytest.raises(
+            kvplug.Mismatch, match="batch size 2 and cannot take keys of batch size 1"
+        ):
+            model(prompt(8), **cache_argument(cache))
