@@ -160,6 +160,10 @@ class Layer(RowOperations, CacheLayerMixin):
         if self.is_initialized and len(self.blocks):
             self._fetched = self.place.prefetch(self.blocks.read(), self.device)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy takes along: not the blocks under way, which may not have arrived."""
+        return vars(self) | {"_fetched": None}
+
     # --- what is kept
 
     def held(self) -> int:

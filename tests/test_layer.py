@@ -9,7 +9,7 @@ from transformers import DynamicCache
 import kvplug
 from kvplug.compat import cache_argument
 from kvplug.testing import tiny_llama
-from kvplug.testing.tools import assert_close, normal, prompt
+from kvplug.testing.tools import assert_close, dense, normal, prompt
 
 SPECS = ["growing", "int8(block=8)", "window(length=20)", "static", "static+int8(block=8)"]
 
@@ -83,6 +83,22 @@ def test_a_cache_passes_between_inference_mode_and_the_rest(spec, outside_first)
     expected = run((torch.no_grad, torch.no_grad))
     for a, b in zip(run(modes[::-1] if outside_first else modes), expected, strict=True):
         assert torch.equal(a, b)
+
+
+def test_a_copy_does_not_take_along_what_is_under_way():
+    """On CUDA it may not have arrived, and the copy's place would not wait for it."""
+    cache = kvplug.build("int8(block=8)+host", tiny_llama().config)
+    with torch.no_grad():
+        tiny_llama()(prompt(20), **cache_argument(cache))
+    layer = cache.layers[0]
+    layer._fetched = {name: torch.zeros_like(x) for name, x in layer.blocks.read().items()}
+    twin = copy.deepcopy(layer)
+    assert layer._fetched is not None
+    assert torch.equal(twin.keys, layer.keys)
+    new = normal(1, 2, 1, 16, seed=0)
+    layer._fetched = None
+    for a, b in zip(twin.update(new, new), layer.update(new, new), strict=True):
+        assert torch.equal(dense(a), dense(b))
 
 
 @pytest.mark.parametrize("spec", STRATEGIES)
