@@ -154,9 +154,11 @@ def cropped(caller: Caller) -> Run:
     cache, ids = caller.cache(), prompt(17)
     cache.activate_past_recording()
     with torch.no_grad():
-        for part in (ids, prompt(5, seed=3)):
-            types = as_text(part) if caller.architecture.typed else {}
-            caller.model(part, **types, **cache_argument(cache))
+        for part, at in ((ids, 0), (prompt(5, seed=3), 17)):
+            more = as_text(part) if caller.architecture.typed else {}
+            if type(caller.model).__name__.startswith("Bamba"):  # it counts from 0 in each forward
+                more["position_ids"] = torch.arange(at, at + part.shape[1])[None]
+            caller.model(part, **more, **cache_argument(cache))
     cache.crop(-5)
     ids = torch.cat((ids, prompt(4, seed=4)), 1)
     return caller.run(unmasked(ids), **cache_argument(cache))

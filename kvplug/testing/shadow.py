@@ -196,15 +196,16 @@ class Shadow:
             return got
         _, keys, values = self.contents[id(key._stored)]
         T = keys.shape[2]
-        sides = (keys, values if isinstance(value, View) else value[:, :, :T].float())
+        # in float64: scores of several hundred, as T5's, cost float32 three digits
+        sides = (keys, values if isinstance(value, View) else value[:, :, :T])
         mask = attn_mask if attn_mask is None else attn_mask[..., :T]
         if mask is not None and mask.is_floating_point():
-            mask = mask.float()
+            mask = mask.double()
         wanted = original(
-            query.float(),
-            *(x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in sides),
+            query.double(),
+            *(x.double().repeat_interleave(query.shape[1] // x.shape[1], 1) for x in sides),
             attn_mask=mask, is_causal=is_causal, scale=scale,
-        )  # fmt: skip
+        ).float()  # fmt: skip
         if mask is not None:  # a query that may see nothing gets anything
             hidden = torch.finfo(attn_mask.dtype).min / 2 if mask.is_floating_point() else 0
             sees = (mask > hidden).any(-1, keepdim=True)
