@@ -88,3 +88,15 @@ def _tiny() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         pad_token_id=vocab["<end>"],
     )
     return LlamaForCausalLM(config).eval(), tokenizer
+
+
+def continued(model, tokenizer, cache: str | None, new_tokens: int) -> str:
+    """What the model says next, greedily, with a cache by name; None: transformers' own."""
+    prompt = tokenizer("The history of the printing press begins", return_tensors="pt")
+    out = model.generate(
+        **prompt.to(model.device),
+        cache_implementation=cache,
+        max_new_tokens=new_tokens,
+        do_sample=False,
+    )
+    return tokenizer.decode(out[0, prompt.input_ids.shape[1] :], skip_special_tokens=True)

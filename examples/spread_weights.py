@@ -11,7 +11,7 @@ import tempfile
 from collections import Counter
 
 from accelerate import dispatch_model
-from common import load, options
+from common import continued, load, options
 
 import kvplug  # noqa: F401  the import makes the names known
 
@@ -23,16 +23,9 @@ def main() -> None:
     parser.add_argument("--new-tokens", type=int, default=20)
     args = parser.parse_args()
     model, tokenizer = load(args)
-    prompt = tokenizer("The history of the printing press begins", return_tensors="pt")
 
     def text(cache: str | None) -> str:
-        out = model.generate(
-            **prompt.to(model.device),
-            cache_implementation=cache,
-            max_new_tokens=args.new_tokens,
-            do_sample=False,
-        )
-        return tokenizer.decode(out[0, prompt.input_ids.shape[1] :], skip_special_tokens=True)
+        return continued(model, tokenizer, cache, args.new_tokens)
 
     whole = text(None)
     here, layers = str(model.device), len(model.model.layers)

@@ -11,7 +11,7 @@ adapters are random, so the text is odd; it differs between them, which is the p
 from contextlib import nullcontext
 
 import torch
-from common import load, options
+from common import continued, load, options
 from peft import LoraConfig, get_peft_model
 
 import kvplug  # noqa: F401  the import makes the names known
@@ -34,16 +34,9 @@ def main() -> None:
         if "lora_B" in name:  # zero before training: the adapter would do nothing
             torch.nn.init.normal_(weight, std=0.3 if args.tiny else 0.02)
     model.eval()
-    prompt = tokenizer("The history of the printing press begins", return_tensors="pt")
 
     def text(cache: str | None) -> str:
-        out = model.generate(
-            **prompt.to(model.device),
-            cache_implementation=cache,
-            max_new_tokens=args.new_tokens,
-            do_sample=False,
-        )
-        return tokenizer.decode(out[0, prompt.input_ids.shape[1] :], skip_special_tokens=True)
+        return continued(model, tokenizer, cache, args.new_tokens)
 
     for adapter in ("first", "second", "first", "none"):
         if adapter != "none":

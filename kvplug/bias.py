@@ -12,7 +12,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from . import compat
-from .compat import modeling
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -51,7 +50,7 @@ def refusals(config: PreTrainedConfig, strategy: Strategy) -> tuple[str | None, 
         "attention another number of columns"
     )
     # newer BLOOMs ask the cache for its columns where nothing is padded
-    if bloom and hasattr(modeling(config), "_get_alibi_slopes"):
+    if bloom and hasattr(compat.modeling(config), "_get_alibi_slopes"):
         if compiled and strategy.codec.name == "exact":
             return None, None  # the mask is padded to all room
         return None, f"{why}: for rows of unlike length use full+growing, or one row at a time"

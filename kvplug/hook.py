@@ -141,9 +141,9 @@ def _watched(original: Any) -> Any:
         config = next(x for x in given if isinstance(x, GenerationConfig))
         model_kwargs = next(x for x in given if isinstance(x, dict))
         name = config.cache_implementation
-        asked = is_ours(name) and not _cache_in(model_kwargs)
+        asked = is_ours(name) and not cache_in(model_kwargs)
         result = original(self, *args, **kwargs)
-        if asked and not isinstance(_decoder_cache(_cache_in(model_kwargs)), Cache):
+        if asked and not isinstance(_decoder_cache(cache_in(model_kwargs)), Cache):
             raise SpecError(
                 f"{type(self).__name__} prepares a cache of its own kind: "
                 f"cache_implementation={name!r} cannot apply"
@@ -180,7 +180,7 @@ def _prepare(original: Any) -> Any:
 
         # prompt lookup guesses beyond the last token
         reserve = max_cache_length + (generation_config.prompt_lookup_num_tokens or 0)
-        given = _cache_in(model_kwargs)
+        given = cache_in(model_kwargs)
         name = generation_config.cache_implementation
         ours = is_ours(name)
         if ours and given is None and generation_config.use_cache is False:
@@ -215,7 +215,7 @@ def _prepare(original: Any) -> Any:
         )
         tell(cache)
         result = prepare(_without_ours(generation_config, static=False))
-        theirs = _cache_in(model_kwargs)
+        theirs = cache_in(model_kwargs)
         if theirs is None:
             raise SpecError(
                 f"transformers prepared no cache for {type(self).__name__}: "
@@ -230,7 +230,7 @@ def _prepare(original: Any) -> Any:
     return _prepare_cache_for_generation
 
 
-def _cache_in(model_kwargs: dict) -> Any:
+def cache_in(model_kwargs: dict) -> Any:
     """The cache among a model's arguments, whatever its name, None without one."""
     given = (model_kwargs.get(key) for key in compat.CACHE_ARGUMENTS)
     return next((x for x in given if x is not None), None)

@@ -30,7 +30,7 @@ from transformers import GenerationMixin
 from . import compat
 from .cache import is_ours
 from .errors import KvplugError, SpecError, UnknownHost
-from .hook import _cache_in
+from .hook import cache_in
 from .spec import PREFIX, parse
 
 if TYPE_CHECKING:
@@ -152,7 +152,7 @@ def _own(config: GenerationConfig, model_kwargs: dict) -> str:
         return "named a strategy itself"  # which one is a client's word: there is no end of them
     if config.cache_implementation is not None:
         return f"was left alone: it names {config.cache_implementation!r}"
-    if (given := _cache_in(model_kwargs)) is not None:
+    if (given := cache_in(model_kwargs)) is not None:
         return f"was left alone: it was given a {type(given).__name__}"
     return "was left alone: it was told use_cache=False" if config.use_cache is False else ""
 
