@@ -8,9 +8,9 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import tiny
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, TokenizersBackend, logging
+from transformers import logging
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -35,7 +35,7 @@ def load(args: argparse.Namespace) -> tuple[PreTrainedModel, PreTrainedTokenizer
     logging.set_verbosity_error()
     torch.manual_seed(0)
     if args.tiny:
-        return _tiny()
+        return tiny.build()
     from evals import model
 
     return model.load(args.model)[:2]
@@ -45,7 +45,7 @@ def folder(args: argparse.Namespace, scratch: str) -> str:
     """Where the model that was asked for lies, for programs that load it themselves."""
     from evals import model
 
-    for part in _tiny() if args.tiny else ():
+    for part in tiny.build() if args.tiny else ():
         part.save_pretrained(scratch)
     source = scratch if args.tiny else args.model
     return str(model.dequantized()) if source == model.PACKAGED else source
@@ -60,34 +60,6 @@ def document() -> str:
     """465 kB of English that every CPython carries: the language reference."""
     topics = pydoc_data.topics.topics
     return "\n".join(topics[name] for name in sorted(topics))
-
-
-def _tiny() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Two layers of random weights over bytes."""
-    torch.set_num_threads(1)  # so little work is slower on more
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())  # 256 characters, one per byte
-    vocab = {token: i for i, token in enumerate([*alphabet, "<end>"])}
-    backend = Tokenizer(models.BPE(vocab=vocab, merges=[]))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    tokenizer = TokenizersBackend(tokenizer_object=backend, eos_token="<end>", pad_token="<end>")
-    tokenizer.chat_template = (
-        "{% for m in messages %}{{ m.role }}: {{ m.content }}<end>{% endfor %}"
-        "{% if add_generation_prompt %}assistant: {% endif %}"
-    )
-    config = LlamaConfig(
-        vocab_size=len(vocab),
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=256,
-        initializer_range=0.2,  # sharp enough for a cache to make a difference
-        eos_token_id=vocab["<end>"],
-        pad_token_id=vocab["<end>"],
-    )
-    return LlamaForCausalLM(config).eval(), tokenizer
 
 
 def continued(model, tokenizer, cache: str | None, new_tokens: int) -> str:
