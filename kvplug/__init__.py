@@ -21,7 +21,7 @@ from .errors import (
 from .estimate import estimate
 from .hook import register, unregister
 from .kernels.base import Kernel
-from .layout.base import Layout
+from .layers.layout import Layout
 from .placement.base import Place, Placement
 from .registry import add, available
 from .retention.base import Retention, Scored

@@ -10,12 +10,6 @@ import torch
 import transformers
 
 from . import bias, compat
-from .combined import (
-    CombinedLayer,
-    CombinedStaticCodedLayer,
-    CombinedStaticLayer,
-    CombinedStaticSlidingLayer,
-)
 from .compat import (
     KNOWN_LAYERS,
     THEIR_NAMES,
@@ -28,21 +22,27 @@ from .compat import (
 )
 from .errors import CacheOverflow, Mismatch, SpecError
 from .kernels.reference import Reference
-from .layer import Layer
-from .probe import positions_depend_on_images
+from .layers.combined import (
+    CombinedLayer,
+    CombinedStaticCodedLayer,
+    CombinedStaticLayer,
+    CombinedStaticSlidingLayer,
+)
+from .layers.growing import Layer
+from .layers.probe import positions_depend_on_images
+from .layers.rotation import turns
+from .layers.static import StaticLayer as OurStaticLayer
+from .layers.static_coded import StaticCodedLayer
+from .layers.static_sliding import StaticSlidingLayer
 from .retention.window import Window
-from .rope import turns
-from .sliding import StaticSlidingLayer
 from .spec import PREFIX, Strategy, parse
-from .static import StaticCodedLayer
-from .static import StaticLayer as OurStaticLayer
 from .stats import Stats
 
 if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedConfig
 
-    from .rope import Turn
+    from .layers.rotation import Turn
 
 
 # transformers' layers of plain attention, with and without a linear-attention state beside it

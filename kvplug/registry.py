@@ -105,7 +105,7 @@ REGISTRIES: dict[str, Registry] = {
     "layout": Registry(
         "layout",
         "kvplug.layout",
-        {"growing": "kvplug.layout.growing:Growing", "static": "kvplug.layout.static:Static"},
+        {"growing": "kvplug.layers.growing:Growing", "static": "kvplug.layers.static:Static"},
     ),
     "codec": Registry(
         "codec",

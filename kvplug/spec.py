@@ -21,7 +21,7 @@ from .errors import SpecError, unknown
 if TYPE_CHECKING:
     from .codecs.base import Codec
     from .kernels.base import Kernel
-    from .layout.base import Layout
+    from .layers.layout import Layout
     from .placement.base import Placement
     from .retention.base import Retention
     from .stage import Stage

@@ -13,7 +13,6 @@ from transformers.masking_utils import create_chunked_causal_mask
 
 import kvplug
 from kvplug.cache import _storages
-from kvplug.combined import CombinedLayer
 from kvplug.compat import (
     DynamicLayer,
     LinearAttentionAndFullAttentionLayer,
@@ -21,10 +20,11 @@ from kvplug.compat import (
     cache_argument,
     output_cache,
 )
-from kvplug.layer import Layer
-from kvplug.sliding import StaticSlidingLayer
-from kvplug.static import StaticCodedLayer
-from kvplug.static import StaticLayer as OurStaticLayer
+from kvplug.layers.combined import CombinedLayer
+from kvplug.layers.growing import Layer
+from kvplug.layers.static import StaticLayer as OurStaticLayer
+from kvplug.layers.static_coded import StaticCodedLayer
+from kvplug.layers.static_sliding import StaticSlidingLayer
 from kvplug.testing.tools import assert_close, left_padded, normal, prompt, random_model
 
 pytestmark = pytest.mark.canary

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvplug.buffer import Buffer
+from kvplug.layers.buffer import Buffer
 from kvplug.placement.device import OnDevice
 
 CPU = torch.device("cpu")

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import kvplug
-from kvplug.layer import Layer
+from kvplug.layers.growing import Layer
 from kvplug.testing import matrix
 from kvplug.testing.architectures import ARCHITECTURES
 from kvplug.testing.calls import CALLS

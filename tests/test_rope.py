@@ -8,8 +8,8 @@ import transformers
 
 import kvplug
 from kvplug.compat import cache_argument
-from kvplug.layer import Layer
-from kvplug.rope import turns
+from kvplug.layers.growing import Layer
+from kvplug.layers.rotation import turns
 from kvplug.testing.tools import prompt, random_model
 
 BASE = {

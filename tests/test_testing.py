@@ -9,7 +9,7 @@ import torch
 
 import kvplug
 from kvplug.codecs.affine import Int8
-from kvplug.layer import Layer
+from kvplug.layers.growing import Layer
 from kvplug.testing import (
     CodecConformance,
     PlacementConformance,

@@ -13,10 +13,10 @@ from transformers.integrations.sdpa_attention import repeat_kv
 
 import kvplug
 import kvplug.testing
+from kvplug.attention.view import KeyView, ValueView, View, views
 from kvplug.stats import Stats
 from kvplug.testing.kernel import random_stored
 from kvplug.testing.tools import assert_close, normal
-from kvplug.view import KeyView, ValueView, View, views
 
 B, H, D = 2, 2, 16
 

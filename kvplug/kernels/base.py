@@ -12,9 +12,9 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+    from ..attention.stored import Stored
     from ..codecs.base import Codec
     from ..spec import Strategy
-    from ..stored import Stored
 
 
 @dataclass(frozen=True)

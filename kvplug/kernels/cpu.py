@@ -57,8 +57,8 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from ..attention.stored import Stored
     from ..codecs.base import Codec
-    from ..stored import Stored
 
 logger = logging.getLogger("kvplug")
 

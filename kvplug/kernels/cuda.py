@@ -28,8 +28,8 @@ from .base import Kernel
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from ..attention.stored import Stored
     from ..codecs.base import Codec
-    from ..stored import Stored
 
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)  # TRITON_INTERPRET=1
 DEVICES = ("cuda", "meta", "cpu") if INTERPRETED.value else ("cuda", "meta")

@@ -12,7 +12,7 @@ from .base import Kernel
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ..stored import Stored
+    from ..attention.stored import Stored
 
 BLOCKS_AT_ONCE = 16  # where decoding is a mere view
 

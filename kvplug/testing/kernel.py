@@ -11,8 +11,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ..attention.stored import Stored
 from ..spec import parse
-from ..stored import Stored
 
 if TYPE_CHECKING:
     from torch import Tensor

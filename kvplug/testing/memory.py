@@ -11,7 +11,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from ..view import View
+from ..attention.view import View
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -14,9 +14,10 @@ from transformers import GPT2Config
 from ..cache import build
 from ..compat import DynamicLayer
 from ..errors import CacheOverflow, Evicted
-from ..layer import Layer
+from ..layers.growing import Layer
+from ..layers.static import StaticLayer
+from ..layers.static_coded import StaticCodedLayer
 from ..retention.base import Retention, Scored
-from ..static import StaticCodedLayer, StaticLayer
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 
-from ..buffer import Buffer
 from ..cache import build
 from ..codecs.exact import Exact
 from ..compat import cache_argument
 from ..kernels.reference import Reference
-from ..layout.growing import Growing
+from ..layers.buffer import Buffer
+from ..layers.growing import Growing
 from ..retention.full import Full
 from ..spec import Strategy, parse
 

@@ -11,7 +11,7 @@ from ..codecs.exact import Exact
 from ..compat import cache_argument
 from ..errors import Evicted
 from ..kernels.reference import Reference
-from ..layout.growing import Growing
+from ..layers.growing import Growing
 from ..placement.device import Device
 from ..retention.base import Retention, Scored
 from ..spec import PREFIX, Strategy, parse

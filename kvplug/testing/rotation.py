@@ -9,7 +9,7 @@ from transformers import DynamicCache, EncoderDecoderCache
 
 from ..cache import build
 from ..compat import cache_argument
-from ..layer import Layer
+from ..layers.growing import Layer
 from .shadow import Wrong
 
 if TYPE_CHECKING:

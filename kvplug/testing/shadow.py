@@ -14,9 +14,10 @@ from weakref import WeakKeyDictionary
 
 import torch
 
-from ..layer import Layer
-from ..static import StaticCodedLayer, StaticLayer
-from ..view import View
+from ..attention.view import View
+from ..layers.growing import Layer
+from ..layers.static import StaticLayer
+from ..layers.static_coded import StaticCodedLayer
 from .oracle import Oracle, encoded_columns
 from .tools import TOLERANCE
 

@@ -15,16 +15,16 @@ from hypothesis import strategies as st
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 from transformers import DynamicCache, GenerationConfig
 
+from ..attention.view import View
 from ..cache import Cache, build
 from ..compat import cache_argument, output_cache
-from ..layer import Layer
-from ..layout.growing import Growing
+from ..layers.growing import Growing, Layer
+from ..layers.static import StaticLayer
+from ..layers.static_coded import StaticCodedLayer
 from ..placement.device import Device
 from ..registry import available
 from ..retention.base import Scored
 from ..spec import PREFIX, Strategy, parse
-from ..static import StaticCodedLayer, StaticLayer
-from ..view import View
 
 if TYPE_CHECKING:
     from collections.abc import Callable

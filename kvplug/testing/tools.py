@@ -8,7 +8,7 @@ import torch
 from hypothesis import HealthCheck, settings
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from ..view import View
+from ..attention.view import View
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from .gradients import recorded
+from ..attention.gradients import recorded
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from .placement.base import Place
+    from ..placement.base import Place
 
 
 def lasting() -> AbstractContextManager:

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from .codecs.base import Codec, Encoded
+    from ..codecs.base import Codec, Encoded
 
 
 @dataclass(frozen=True)

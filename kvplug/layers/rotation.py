@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from .errors import SpecError
+from ..errors import SpecError
 from .probe import CannotProbe, probe
 
 if TYPE_CHECKING:

@@ -20,7 +20,7 @@ import transformers
 from torch.overrides import TorchFunctionMode
 from transformers.modeling_outputs import BaseModelOutput
 
-from .compat import ATTENTION, CACHE_ARGUMENTS, modeling
+from ..compat import ATTENTION, CACHE_ARGUMENTS, modeling
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from .compat import LinearAttentionLayer
-from .layer import Layer
-from .sliding import StaticSlidingLayer
-from .static import StaticCodedLayer, StaticLayer
+from ..compat import LinearAttentionLayer
+from .growing import Layer
+from .static import StaticLayer
+from .static_coded import StaticCodedLayer
+from .static_sliding import StaticSlidingLayer
 
 if TYPE_CHECKING:
     from collections.abc import Callable

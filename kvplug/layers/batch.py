@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from ..errors import Mismatch
 from .buffer import lasting
-from .errors import Mismatch
 
 if TYPE_CHECKING:
     from collections.abc import Callable

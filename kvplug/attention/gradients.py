@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .errors import NoGradient
+from ..errors import NoGradient
 
 if TYPE_CHECKING:
-    from .spec import Strategy
+    from ..spec import Strategy
 
 
 def recorded(*tensors: Tensor) -> bool:

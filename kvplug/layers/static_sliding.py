@@ -6,19 +6,19 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ..attention.gradients import recorded, refuse, refuse_training
+from ..compat import StaticSlidingWindowLayer
+from ..errors import CacheOverflow, Evicted
+from .batch import RowOperations, check_alike, rebatch
 from .buffer import lasting
-from .compat import StaticSlidingWindowLayer
-from .errors import CacheOverflow, Evicted
-from .gradients import recorded, refuse, refuse_training
-from .layer import overflow, removed
-from .rows import RowOperations, check_alike, rebatch
+from .growing import overflow, removed
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from torch import Tensor
 
-    from .spec import Strategy
+    from ..spec import Strategy
 
 
 class StaticSlidingLayer(RowOperations, StaticSlidingWindowLayer):

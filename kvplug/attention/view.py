@@ -15,14 +15,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from .errors import NoGradient, ViewError
+from ..errors import NoGradient, ViewError
 from .gradients import recorded
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from .kernels.base import Kernel
-    from .stats import Stats
+    from ..kernels.base import Kernel
+    from ..stats import Stats
     from .stored import Stored
 
 SDPA = torch.nn.functional.scaled_dot_product_attention

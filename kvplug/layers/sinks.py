@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from .rope import Turn
+    from .rotation import Turn
 
 
 class Pins:

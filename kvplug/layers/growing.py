@@ -2,30 +2,39 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
+from ..attention.gradients import recorded, refuse, refuse_training
+from ..attention.stored import Stored
+from ..attention.view import views
+from ..compat import CacheLayerMixin
+from ..errors import CacheOverflow, Evicted
+from ..placement.device import OnDevice
+from ..retention.base import Scored
+from .batch import RowOperations, check_alike
 from .buffer import Buffer
-from .compat import CacheLayerMixin
-from .errors import CacheOverflow, Evicted
-from .gradients import recorded, refuse, refuse_training
-from .pins import Pins
-from .placement.device import OnDevice
-from .retention.base import Scored
-from .rows import RowOperations, check_alike
-from .stored import Stored
-from .view import views
+from .layout import Layout
+from .sinks import Pins
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from torch import Tensor
 
-    from .placement.base import Place
-    from .rope import Rotation
-    from .spec import Strategy
-    from .stats import Stats
+    from ..placement.base import Place
+    from ..spec import Strategy
+    from ..stats import Stats
+    from .rotation import Rotation
+
+
+@dataclass(frozen=True)
+class Growing(Layout):
+    """Reserve an eighth ahead and append in place; DynamicCache concatenates at each token."""
+
+    name: ClassVar[str] = "growing"
 
 
 class Layer(RowOperations, CacheLayerMixin):

@@ -1,0 +1,1 @@
+"""What attention reads of a layer, and how."""

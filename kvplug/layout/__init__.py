@@ -1,1 +1,0 @@
-"""How room for tokens is reserved: `growing` or `static`."""
