@@ -16,6 +16,7 @@ from .errors import (
     SpecError,
     UnknownHost,
     UnknownStage,
+    Unseen,
     ViewError,
 )
 from .estimate import estimate
@@ -24,7 +25,7 @@ from .kernels.base import Kernel
 from .layers.layout import Layout
 from .placement.base import Place, Placement
 from .registry import add, available
-from .retention.base import Retention, Scored
+from .retention.base import Candidates, Retention, Scored
 from .spec import Strategy, parse
 from .stage import option
 
@@ -36,6 +37,7 @@ except PackageNotFoundError:  # a source tree that is not installed
 __all__ = [
     "Cache",
     "CacheOverflow",
+    "Candidates",
     "Codec",
     "Encoded",
     "Evicted",
@@ -54,6 +56,7 @@ __all__ = [
     "Strategy",
     "UnknownHost",
     "UnknownStage",
+    "Unseen",
     "ViewError",
     "add",
     "available",

@@ -22,23 +22,17 @@ from .compat import (
 )
 from .errors import CacheOverflow, Mismatch, SpecError
 from .kernels.reference import Reference
-from .layers.combined import (
-    CombinedLayer,
-    CombinedStaticCodedLayer,
-    CombinedStaticLayer,
-    CombinedStaticSlidingLayer,
-)
-from .layers.growing import Layer
+from .layers.base import AttentionLayer, Slot
+from .layers.combined import with_state
 from .layers.probe import positions_depend_on_images
 from .layers.rotation import turns
-from .layers.static import StaticLayer as OurStaticLayer
-from .layers.static_coded import StaticCodedLayer
-from .layers.static_sliding import StaticSlidingLayer
-from .retention.window import Window
+from .retention.base import Scored
 from .spec import PREFIX, Strategy, parse
 from .stats import Stats
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from torch import Tensor
     from transformers import PreTrainedConfig
 
@@ -67,11 +61,11 @@ class Cache(transformers.Cache):
     def held(self, layer_idx: int = 0) -> int:
         """Tokens of a layer that the next query can see; `get_seq_length` counts those seen."""
         layer = self.layers[layer_idx]
-        return (
-            layer.held()
-            if isinstance(layer, (Layer, OurStaticLayer, StaticSlidingLayer))
-            else int(layer.get_seq_length())
-        )
+        ours = isinstance(layer, AttentionLayer)
+        return layer.held() if ours else int(layer.get_seq_length())
+
+    def _ours(self) -> Iterator[AttentionLayer]:
+        return (layer for layer in self.layers if isinstance(layer, AttentionLayer))
 
     def stats(self) -> dict:
         """What ran: calls per kernel, dense copies by cause, blocks encoded; and the full spec."""
@@ -84,25 +78,28 @@ class Cache(transformers.Cache):
         Asked of our layers alone: where it is False transformers leaves out masks that hide nothing
         but empty room, and a linear-attention state that grows to record the past has none.
         """
-        ours = (Layer, OurStaticLayer, StaticSlidingLayer)
-        return all(layer.is_compileable for layer in self.layers if isinstance(layer, ours))
+        return all(layer.is_compileable for layer in self._ours())
 
     def set_padding(self, attention_mask: Tensor | None) -> None:
         """Tell which tokens are left padding: attention_mask [B, T], 0 for padding.
 
         `generate` does this. In a loop of your own, do it before the first forward pass where
-        retention pins or picks tokens; others do not need it.
+        retention keeps first tokens or picks some; others do not need it.
 
         Raises SpecError where the model cannot have padding with this strategy.
         """
         if attention_mask is None or attention_mask.dim() != 2:
             return
+        if isinstance(self.strategy.retention, Scored) and (attention_mask.diff(dim=-1) < 0).any():
+            raise SpecError(
+                f"{self.strategy}: this attention_mask has holes: {self.strategy.retention.name!r} "
+                "moves tokens together, and serves left padding alone"
+            )
         if self._unpadded_only and not attention_mask.all():
             raise SpecError(self._unpadded_only)
         padding = (attention_mask.long().cumsum(-1) == 0).sum(-1)  # [B]
-        for layer in self.layers:
-            if isinstance(layer, Layer):
-                layer.set_padding(padding)
+        for layer in self._ours():
+            layer.set_padding(padding)
 
     def check_room(self, tokens: int) -> None:
         """Raise CacheOverflow where a call that may reach `tokens` in all would find no room.
@@ -118,7 +115,7 @@ class Cache(transformers.Cache):
             )
 
     def check_positions(self, position_ids: Tensor, attention_mask: Tensor | None) -> None:
-        """Refuse positions that pinned keys would be turned to wrongly, as `generate` does.
+        """Refuse positions that sinks would be turned to wrongly, as `generate` does.
 
         Args:
             position_ids: [B, T] or [N, B, T], of a prompt's columns; in each row and each of the N
@@ -127,8 +124,8 @@ class Cache(transformers.Cache):
 
         Raises SpecError.
         """
-        pins = (layer.pins for layer in self.layers if isinstance(layer, Layer))
-        if not any(rotation for p in pins if p is not None for rotation in p.turn):
+        sinks = (layer.sinks for layer in self._ours())
+        if not any(rotation for x in sinks if x is not None for rotation in x.turn):
             return
         T = position_ids.shape[-1]
         ahead = position_ids - torch.arange(T, device=position_ids.device)
@@ -174,7 +171,7 @@ class Cache(transformers.Cache):
             )
         if self.strategy.placement.name != "device":
             following = self.layers[(layer_idx + 1) % len(self.layers)]
-            if isinstance(following, Layer):
+            if isinstance(following, AttentionLayer):
                 following.prefetch()
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
@@ -224,20 +221,18 @@ def build(
         strategy = _for_dense_reads(strategy)
     theirs = transformers.DynamicCache(config=config).layers
     _check_known(theirs, strategy, config)
+    # what we do not serve stays transformers' own, of the kind that goes with the layout
+    stay = theirs
     if strategy.layout.is_compileable(strategy):
         stay = transformers.StaticCache(config=config, max_cache_len=strategy.layout.limit).layers
-        layers = [_static_layer(x, strategy, stats) or y for x, y in zip(theirs, stay, strict=True)]
-        # windows stay in full precision: a codec does not serve a model of nothing else
-        served = (
-            StaticCodedLayer
-            if strategy.codec.name != "exact"
-            else (OurStaticLayer, StaticSlidingLayer)
-        )
-    else:
-        turn = _turns(strategy, config, theirs)
-        layers = [_layer(x, strategy, place, stats, turn.get(i)) or x for i, x in enumerate(theirs)]
-        served = Layer
-    if not any(isinstance(layer, served) for layer in layers):
+    turn = _turns(strategy, config, theirs)
+    layers = []
+    for i, layer in enumerate(theirs):
+        slot = Slot(strategy, place, stats, getattr(layer, "sliding_window", None), turn.get(i))
+        layers.append(_layer(layer, slot) or stay[i])
+    coded = strategy.codec.name != "exact"
+    served = any(x.cuts_blocks or not coded for x in layers if isinstance(x, AttentionLayer))
+    if not served:
         kinds = ", ".join(sorted({type(layer).__name__ for layer in theirs})) or "none"
         raise SpecError(
             f"{strategy}: {type(config).__name__} has no attention layer it could serve: {kinds}"
@@ -267,9 +262,9 @@ def _check_known(theirs: list, strategy: Strategy, config: PreTrainedConfig) -> 
 
 
 def _turns(strategy: Strategy, config: PreTrainedConfig, theirs: list[Any]) -> dict[int, Turn]:
-    """How the layers that pin tokens turn what they store."""
-    pinned = tuple(i for i, layer in enumerate(theirs) if type(layer) in FULL)
-    if not strategy.retention.first or not pinned:
+    """How the layers that keep first tokens turn what they store."""
+    full = tuple(i for i, layer in enumerate(theirs) if type(layer) in FULL)
+    if not strategy.retention.first or not full:
         return {}
     text = config.get_text_config(decoder=True)
     if text is not config and positions_depend_on_images(config):
@@ -278,41 +273,17 @@ def _turns(strategy: Strategy, config: PreTrainedConfig, theirs: list[Any]) -> d
             "and pinned keys would stand in the future; for prompts of text alone build from "
             "config.get_text_config(), else use 'window'"
         )
-    return turns(text, pinned)
+    return turns(text, full)
 
 
-def _layer(
-    theirs: Any, strategy: Strategy, place: Any, stats: Stats, turn: Turn | None
-) -> Layer | None:
+def _layer(theirs: Any, slot: Slot) -> AttentionLayer | None:
     """Our layer in the place of transformers'; None where that has no plain attention."""
-    kind, state = _with_state(theirs, Layer, CombinedLayer)
-    if type(theirs) in FULL:
-        return kind(strategy, place, stats, turn, **state)
-    if type(theirs) in SLIDING:
-        window = strategy.replace(retention=Window(length=theirs.sliding_window))
-        return kind(window, place, stats, is_sliding=True, **state)
-    return None
-
-
-def _static_layer(theirs: Any, strategy: Strategy, stats: Stats) -> Any:
-    """The like of `_layer` under a compilable static layout; `theirs` are of a dynamic cache."""
-    if type(theirs) in FULL:
-        kinds = (OurStaticLayer, CombinedStaticLayer)
-        if strategy.codec.name != "exact":
-            kinds = (StaticCodedLayer, CombinedStaticCodedLayer)
-        kind, state = _with_state(theirs, *kinds)
-        return kind(strategy, stats, **state)
-    if type(theirs) in SLIDING:
-        kind, state = _with_state(theirs, StaticSlidingLayer, CombinedStaticSlidingLayer)
-        return kind(strategy, theirs.sliding_window, **state)
-    return None
-
-
-def _with_state(theirs: Any, plain: type, combined: type) -> tuple[type, dict[str, int]]:
-    """Which of two classes stands for a layer of transformers, and what it wants to know more."""
+    if type(theirs) not in FULL + SLIDING:
+        return None
+    kind = slot.strategy.layout.layer(slot)
     if isinstance(theirs, LinearAttentionLayer):
-        return combined, {"number_of_states": theirs.number_of_states}
-    return plain, {}
+        return with_state(kind)(slot, theirs.number_of_states)
+    return kind(slot)
 
 
 def is_ours(name: Any) -> bool:

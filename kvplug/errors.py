@@ -9,6 +9,7 @@ KvplugError
 ├── Evicted (RuntimeError)        a rollback to tokens that are no longer kept
 ├── NoRoom (OSError)              the folder of `disk` cannot take more of a cache
 ├── Mismatch (ValueError)         another model, batch or dtype than a cache was filled with
+├── Unseen (RuntimeError)         a retention that needs queries, and attention that shows none
 ├── NoGradient (RuntimeError)     a gradient through a cache or kernel that has none
 └── ViewError (RuntimeError)      a view of the cache written to, or asked for its address
 """
@@ -50,6 +51,10 @@ class NoRoom(KvplugError, OSError):
 
 class Mismatch(KvplugError, ValueError):
     """A cache was used with another model, batch or dtype than it was made for or filled with."""
+
+
+class Unseen(KvplugError, RuntimeError):
+    """Retention chooses by the queries of attention, and these do not come by: says what does."""
 
 
 class NoGradient(KvplugError, RuntimeError):

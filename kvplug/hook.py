@@ -24,7 +24,7 @@ from transformers import GenerationConfig, GenerationMixin
 from . import bias, compat
 from .cache import Cache, build, is_ours
 from .errors import KvplugError, SpecError, UnknownHost, UnknownStage
-from .layers.growing import Growing
+from .layers.layout import Growing
 from .pair import Pair
 from .spec import parse
 

@@ -105,7 +105,7 @@ REGISTRIES: dict[str, Registry] = {
     "layout": Registry(
         "layout",
         "kvplug.layout",
-        {"growing": "kvplug.layers.growing:Growing", "static": "kvplug.layers.static:Static"},
+        {"growing": "kvplug.layers.layout:Growing", "static": "kvplug.layers.layout:Static"},
     ),
     "codec": Registry(
         "codec",

@@ -55,8 +55,8 @@ def test_exact_caches_on_the_device_pass_gradients(spec, training, trainable):
 def test_what_was_dropped_has_no_gradient_and_the_rest_has(spec):
     """One layer's own numbers: the gradient of a sum is one for each token that is visible."""
     layer = kvplug.build(spec, tiny_llama(rope_parameters=None).config).layers[0]
-    if layer.pins:
-        layer.pins.turn = (None, None)
+    if layer.sinks:
+        layer.sinks.turn = (None, None)
     tokens = [normal(1, 2, 1, 16, seed=i).requires_grad_() for i in range(30)]
     for x in tokens:
         keys, values = layer.update(x, x)

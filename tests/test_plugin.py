@@ -92,12 +92,8 @@ assert (generate("keynorm(budget=70)").sequences == exact.sequences).all()
 for name in ("int8_token+host", "static+int8_token(block=8)", "sinks(window=14)+int8_token"):
     cache = output_cache(generate(name))
     assert kvplug.parse(cache.stats()["strategy"]) == cache.strategy
-try:
-    kvplug.parse("keynorm+int8")
-except kvplug.SpecError as e:
-    assert "single tokens" in str(e)
-else:
-    raise AssertionError("keynorm+int8 was accepted")
+looked = output_cache(generate("lookback(budget=24, every=8)+int8(block=8)+host"))
+assert looked.held() < 32 and looked.layers[0].stats.blocks_encoded
 """
     )
     python(plugin[1], "-c", code)

@@ -5,13 +5,14 @@ from typing import ClassVar
 
 import pytest
 import torch
+from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 import kvplug
 from kvplug.compat import cache_argument
 from kvplug.registry import REGISTRIES
 from kvplug.testing import RetentionConformance, tiny_llama
 from kvplug.testing.oracle import one_layer
-from kvplug.testing.tools import normal, prompt
+from kvplug.testing.tools import assert_close, dense, left_padded, normal, prompt
 
 
 @pytest.mark.parametrize("rope", [True])
@@ -39,8 +40,8 @@ class LongKeys(kvplug.Scored):
     budget: int = kvplug.option(12, "tokens kept", ge=1)
     every: int = kvplug.option(5, "more tokens between two choices", ge=1)
 
-    def score(self, keys, values):
-        return keys.norm(dim=-1)
+    def score(self, tokens):
+        return tokens.keys.norm(dim=-1)
 
 
 @pytest.fixture
@@ -75,10 +76,81 @@ def test_scored_drops_padding_first():
 
 
 @pytest.mark.usefixtures("registered")
-@pytest.mark.parametrize("rest", ["int8", "static(max_cache_len=64)", "host"])
-def test_scored_says_what_it_does_not_go_with(rest):
-    with pytest.raises(kvplug.SpecError, match=r"'longkeys' picks single tokens .* needs growing"):
-        kvplug.parse(f"longkeys+{rest}")
+def test_scored_says_what_it_does_not_go_with():
+    with pytest.raises(kvplug.SpecError, match=r"'longkeys' picks tokens .* needs room that grows"):
+        kvplug.parse("longkeys+static(max_cache_len=64)")
+
+
+@pytest.mark.usefixtures("registered")
+def test_a_mask_with_holes_is_refused_where_tokens_are_chosen():
+    """transformers' mask counts columns, and a hole would move to another token."""
+    model, mask = tiny_llama(), torch.ones(1, 9, dtype=torch.long)
+    mask[0, 4] = 0
+    with pytest.raises(kvplug.SpecError, match=r"longkeys.*holes.*left padding"):
+        model.generate(
+            prompt(9), attention_mask=mask, cache_implementation="longkeys", max_new_tokens=2
+        )
+
+
+@pytest.mark.usefixtures("registered")
+@pytest.mark.parametrize("additive", [False, True])
+def test_padding_in_blocks_stays_hidden(additive):
+    """Blocks go as wholes, so that what is left of a row's padding is no prefix of the mask's."""
+    layer = one_layer(kvplug.parse("longkeys(budget=20, every=3)+int8(block=8)"), PADDING)
+    hidden = 0
+    for step, S in enumerate((18, *[1] * 30, 5, *[1] * 9)):
+        B, H = 3, 2
+        seen = layer.get_seq_length()
+        values = torch.arange(seen, seen + S, dtype=torch.float32)[None, None, :, None]
+        values = values.expand(B, H, S, 4)
+        length, offset = layer.get_mask_sizes(S)
+        k, v = layer.update(normal(B, H, S, 8, seed=step), values)
+        columns, rows = torch.arange(offset, offset + length), torch.arange(seen, seen + S)
+        mask = (columns <= rows[:, None]) & (columns >= PADDING[:, None, None])  # transformers'
+        mask = mask[:, None]
+        if additive:
+            mask = torch.zeros(mask.shape).masked_fill(~mask, torch.finfo(torch.float32).min)
+        query = normal(B, 2 * H, S, 8, seed=-step)
+        got = sdpa(query, k, v, attn_mask=mask, enable_gqa=True)
+        held = dense(v)[..., 0]  # [B, H, T]: numbers of the tokens
+        real = (held >= PADDING[:, None, None])[:, :, None] & (held[:, :, None] <= rows[:, None])
+        if layer.encoded()[2] is not None:
+            hidden += int((held < PADDING[:, None, None]).sum())
+        sides = (dense(x).repeat_interleave(2, 1) for x in (k, v))
+        wanted = sdpa(query, *sides, attn_mask=real.repeat_interleave(2, 1))
+        sees = real.any(-1).repeat_interleave(2, 1)  # rows of padding see nothing
+        assert_close(got[sees], wanted[sees])
+    assert hidden
+    k, _ = layer.update(normal(3, 2, 1, 8, seed=0), normal(3, 2, 1, 4, seed=0))
+    with pytest.raises(kvplug.ViewError, match=r"add.*use attn_implementation='sdpa'"):
+        k + 1
+
+
+PADDING = torch.tensor([0, 7, 13])
+
+
+@pytest.mark.usefixtures("registered")
+@pytest.mark.parametrize("asked", [0, 1])
+def test_layers_of_unlike_length_share_a_mask(asked, monkeypatch):
+    """transformers asks one layer for its sizes; the other cuts the mask, or adds to it."""
+    model = tiny_llama()
+    rows = [prompt(n, seed=n)[0] for n in (30, 11)]
+    new = {"max_new_tokens": 40, "do_sample": False}
+
+    def generate(inputs):
+        caches = [kvplug.build(f"longkeys(budget={n}, every=1)", model.config) for n in (8, 24)]
+        cache = caches[0]
+        cache.layers[1] = caches[1].layers[1]
+        sizes = cache.layers[asked].get_mask_sizes
+        monkeypatch.setattr(cache, "get_mask_sizes", lambda n, layer_idx: sizes(n))
+        out = model.generate(**inputs, **cache_argument(cache), **new)
+        assert [cache.held(i) for i in (0, 1)] == [8, 24]
+        return out[:, -40:].tolist()
+
+    alone = [generate({"input_ids": row[None]})[0] for row in rows]
+    assert generate(left_padded(rows)) == alone
+    small = model.generate(rows[0][None], cache_implementation="longkeys(budget=8, every=1)", **new)
+    assert small[0, -40:].tolist() != alone[0]  # the second layer's budget matters
 
 
 @pytest.mark.parametrize(

@@ -235,9 +235,9 @@ def test_every_layer_of_every_model_turns_as_we_turn_it():
             refused[name] = str(e)
             continue
         there = written(model, torch.tensor([[5]]), by)
-        pinned = {i: x.pins for i, x in enumerate(layers) if isinstance(x, Layer) and x.pins}
-        for i, pins in pinned.items():
-            for a, b, rotation in zip(here[i], there[i], pins.turn, strict=True):
+        pinned = {i: x.sinks for i, x in enumerate(layers) if isinstance(x, Layer) and x.sinks}
+        for i, sinks in pinned.items():
+            for a, b, rotation in zip(here[i], there[i], sinks.turn, strict=True):
                 ours = a if rotation is None else rotation.shift(a, torch.tensor([by]))
                 error = float((ours - b).abs().max() / b.abs().max())
                 if error > 1e-4:
@@ -268,8 +268,8 @@ MODELS = {
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_logits_are_those_of_pins_that_the_model_wrote_where_they_stand(name):
-    """The oracle holds dense keys, and has the model itself write the pins anew at each step.
+def test_logits_are_those_of_sinks_that_the_model_wrote_where_they_stand(name):
+    """The oracle holds dense keys, and has the model itself write the sinks anew at each step.
 
     Hidden states of the first tokens do not change when all of them move.
     """
@@ -289,12 +289,12 @@ def test_logits_are_those_of_pins_that_the_model_wrote_where_they_stand(name):
     own = dict(plain.written)  # by layer, keys and values of all tokens where they first stood
     for seen in range(9, ids.shape[1]):
         first = max(0, seen - (window - 1) - sinks)
-        pins = written(model, ids[:, :sinks], first)
+        moved = written(model, ids[:, :sinks], first)
         cache = Keeping(config=model.config)
         for i, layer in enumerate(cache.layers):
-            parts = zip(pins[i], own[i], strict=True)
+            parts = zip(moved[i], own[i], strict=True)
             layer.update(
-                *(torch.cat((pin, x[:, :, first + sinks :]), 2) for pin, x in parts)
+                *(torch.cat((sink, x[:, :, first + sinks :]), 2) for sink, x in parts)
                 if first
                 else own[i]
             )
@@ -339,7 +339,7 @@ NEW = {"max_new_tokens": 20, "do_sample": False}
 
 
 def test_images_that_move_positions_are_refused_before_the_model_runs(qwen2_vl):
-    """M-RoPE: an image takes fewer positions than columns; pins would stand in the future."""
+    """M-RoPE: an image takes fewer positions than columns; sinks would stand in the future."""
     ids = torch.tensor([[5, 6, 98, *[97] * 16, 96, 7, 8]])
     inputs = {
         "input_ids": ids, "attention_mask": torch.ones_like(ids),
@@ -401,16 +401,16 @@ def test_models_of_real_size_are_learned_from_without_their_weights(name):
         pytest.skip(f"this transformers has no {name}")
     state = torch.random.get_rng_state()
     config = getattr(transformers, f"{name}Config")()
-    pinned = [x.pins for x in kvplug.build("sinks", config).layers if getattr(x, "pins", None)]
+    pinned = [x.sinks for x in kvplug.build("sinks", config).layers if getattr(x, "sinks", None)]
     assert pinned
-    for pins in pinned:
-        assert (pins.turn[0] is None) == (name == "Cohere2")  # full attention without positions
-        assert pins.turn[1] is None
+    for kept in pinned:
+        assert (kept.turn[0] is None) == (name == "Cohere2")  # full attention without positions
+        assert kept.turn[1] is None
     assert torch.equal(torch.random.get_rng_state(), state)
-    shared = {id(pins.turn[0]) for pins in pinned}
+    shared = {id(kept.turn[0]) for kept in pinned}
     assert len(shared) == 1  # angles of a step are computed once
     again = kvplug.build("sinks", config).layers
-    others = {id(x.pins.turn[0]) for x in again if getattr(x, "pins", None)}
+    others = {id(x.sinks.turn[0]) for x in again if getattr(x, "sinks", None)}
     assert name == "Cohere2" or not shared & others  # but not shared between caches
 
 

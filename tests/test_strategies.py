@@ -55,5 +55,5 @@ def test_views_outlive_the_blocks_that_come_after_them(spec):
     ],
 )
 def test_a_wide_window_makes_no_dense_copy(spec):
-    """Rows leave one by one, and pins are laid and lifted: nothing rolls."""
+    """Rows leave one by one, and sinks are laid and lifted: nothing rolls."""
     StrategyConformance().test_no_dense_copy(kvplug.parse(spec))

@@ -234,10 +234,10 @@ def _reopen_wrongly(layer):
         ),
         ("window(length=9)", "get_mask_sizes", lambda self, n: (self.seen + n, 0)),
         ("int4(block=8, tail=0)", "_reopen_last_block", lambda self: _reopen_wrongly(self)),
-        # the columns' own tokens in place of the pinned ones
+        # the columns' own tokens in place of the sinks
         (
             "sinks(sinks=2, window=6)",
-            "_pins",
+            "_sinks_at",
             lambda self, i: [self._read(i, i + 2, x) for x in (0, 1)],
         ),
     ],

@@ -159,7 +159,7 @@ def test_from_below_python(pair, dense, stats):
 
 def test_views_of_two_layers_do_not_mix(pair, dense, stats):
     """Keys of one layer with values of another: right, by the dense way."""
-    other = random_stored(pair[0]._stored.codec, B=B, H=H, N=3, R=5, F=2, skip=3, seed=9)
+    other = random_stored(pair[0].stored.codec, B=B, H=H, N=3, R=5, F=2, skip=3, seed=9)
     other_value = views(other, kvplug.parse("reference").kernel, stats)[1]
     query = normal(B, H, 1, D, seed=1)
     out = sdpa(query, pair[0], other_value)
@@ -239,14 +239,14 @@ WRITES = {
 def test_a_write_that_would_be_lost_is_an_error(pair, stats, name, of):
     view = pair[0]
     if of == "plain":  # the layer's own memory: no write may reach it in passing either
-        tail = random_stored(pair[0]._stored.codec, B=B, H=H, N=0, R=9)
+        tail = random_stored(pair[0].stored.codec, B=B, H=H, N=0, R=9)
         view = views(tail, kvplug.parse("reference").kernel, stats)[0]
     if of == "repeated":
         view = repeat_kv(view, 3)
-    before = view._stored.dense()[0].clone()
+    before = view.stored.dense()[0].clone()
     with pytest.raises(kvplug.ViewError, match=r"would be lost.* write to its clone\(\)"):
         WRITES[name](view)
-    assert torch.equal(view._stored.dense()[0], before)
+    assert torch.equal(view.stored.dense()[0], before)
 
 
 def test_a_write_from_below_python_is_an_error(pair):
@@ -409,4 +409,4 @@ def test_what_update_returned_stays_until_the_next_update(spec, row_padding):
         assert_close(sdpa(query, *returned, attn_mask=seen), expected)
         assert torch.equal(twin.keys, held[0])
         if "sinks" in spec and i > 20 and S == 1:
-            assert torch.equal(held[1][0, :, :3], then[1][0, :, :3]), "pins are where they were"
+            assert torch.equal(held[1][0, :, :3], then[1][0, :, :3]), "sinks are where they were"

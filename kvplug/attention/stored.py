@@ -18,13 +18,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Stored:
-    """Columns of attention in order: pinned first tokens, encoded blocks, full-precision tail.
+    """Columns of attention in order: sinks, encoded blocks, full-precision tail.
 
-    head: keys [B, H, F, Dk] and values [B, H, F, Dv] of pinned tokens, or None
+    head: keys [B, H, F, Dk] and values [B, H, F, Dv] of the sinks (first tokens), or None
     blocks: encoded tensors [B, H, N, ...] on the device that computes; `skip` tokens of the first
         block are hidden
     tail: keys [B, H, R, Dk] and values [B, H, R, Dv], the newest, those of this very call included
     empty: columns after the tail that are reserved only (static layouts); nothing attends to them
+    new: of the tail, the tokens of this very call
+    visible: [B, H, T - new] bool, which columns before these a query may see, where transformers'
+        mask does not say it; None where it does
     """
 
     codec: Codec
@@ -33,6 +36,8 @@ class Stored:
     skip: int
     tail: tuple[Tensor, Tensor]
     empty: int = 0
+    new: int = 0
+    visible: Tensor | None = None
 
     @property
     def block_count(self) -> int:

@@ -10,6 +10,7 @@ raises ViewError: being written to, and having an address.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,8 +18,11 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from ..errors import NoGradient, ViewError
 from .gradients import recorded
+from .mask import fit
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from torch import Tensor
 
     from ..kernels.base import Kernel
@@ -65,12 +69,64 @@ WRITING = {
 }
 
 
+@dataclass(frozen=True)
+class Watch:
+    """Who is told which queries a call's keys and values met, once attention has run.
+
+    tell: takes queries [B, Q, n, Dk], their log-sum-exp [B, Q, n] or None, and the scale
+    new: tokens of the call
+    queries: n, how many of the newest are wanted
+    log_sum_exp: whether that of their scores is wanted too
+    """
+
+    tell: Callable[[Tensor, Tensor | None, float], None]
+    new: int
+    queries: int
+    log_sum_exp: bool
+
+    def see(
+        self,
+        query: Tensor,
+        lse: Tensor | None,
+        kernel: Kernel,
+        stored: Stored,
+        mask: Tensor | None,
+        scale: float | None,
+        is_causal: bool,
+    ) -> None:
+        """Tell of one call of attention; lse: where a kernel has computed it."""
+        rows, D = query.shape[2:]
+        n = min(self.queries, self.new)
+        packed = rows > self.new  # transformers packs head groups into the query axis
+        if self.log_sum_exp and lse is None:
+            last = rows if packed else n
+            if is_causal:
+                mask = torch.ones(rows, stored.length, dtype=torch.bool, device=query.device).tril()
+            if mask is not None and mask.shape[-2] == rows:
+                mask = mask[..., -last:, :]
+            lse = kernel.attend(query[:, :, -last:], stored, mask, scale, False)[1]
+        if packed:
+            query = query.reshape(len(query), -1, self.new, D)
+            lse = None if lse is None else lse.reshape(len(query), -1, self.new)
+        wanted = lse[..., -n:] if self.log_sum_exp else None
+        self.tell(query[:, :, -n:], wanted, D**-0.5 if scale is None else scale)
+
+
+@dataclass(frozen=True)
+class Call:
+    """What the views of one `update` share."""
+
+    stored: Stored
+    kernel: Kernel
+    stats: Stats
+    watch: Watch | None = None
+
+
 class View(torch.Tensor):
     """A lazy [B, H * repeats, T, D] over `Stored`; 5-dimensional in the middle of `repeat_kv`."""
 
-    _stored: Stored
-    _kernel: Kernel
-    _stats: Stats
+    _call: Call
+    stored: Stored
     _repeats: int
     _shape: torch.Size
     _side: int  # 0: keys, 1: values
@@ -78,17 +134,16 @@ class View(torch.Tensor):
     @staticmethod
     def __new__(
         cls,
-        stored: Stored,
-        kernel: Kernel,
-        stats: Stats,
+        call: Call,
         repeats: int = 1,
         shape: tuple | None = None,
     ):
+        stored = call.stored
         like = stored.tail[cls._side]
         if shape is None:
             shape = (like.shape[0], like.shape[1] * repeats, stored.length, like.shape[-1])
         view = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=like.dtype, device=like.device)
-        view._stored, view._kernel, view._stats, view._repeats = stored, kernel, stats, repeats
+        view._call, view.stored, view._repeats = call, stored, repeats
         view._shape = torch.Size(shape)
         torch._C._set_throw_on_mutable_data_ptr(view)  # for extensions in C++: else a null pointer
         return view
@@ -100,21 +155,21 @@ class View(torch.Tensor):
 
     def materialise(self, reason: str) -> Tensor:
         """The dense tensor of this view's shape; counted under `reason` where it must be made."""
-        if not self._stored.is_plain:
-            self._stats.materialise(reason)
-        dense = self._stored.side(self._side)
+        if self.stored.visible is not None:
+            raise ViewError(
+                f"{reason} reads the cache as a dense tensor, for which transformers' mask is not "
+                "right where rows are padded and heads hold different tokens; use "
+                "attn_implementation='sdpa', or a batch without padding"
+            )
+        if not self.stored.is_plain:
+            self._call.stats.materialise(reason)
+        dense = self.stored.side(self._side)
         if self.dim() == 5:
             return dense[:, :, None].expand(self.shape)
         return dense if self._repeats == 1 else dense.repeat_interleave(self._repeats, dim=1)
 
     def _like(self, shape: tuple, repeats: int | None = None) -> View:
-        return type(self)(
-            self._stored,
-            self._kernel,
-            self._stats,
-            self._repeats if repeats is None else repeats,
-            shape,
-        )
+        return type(self)(self._call, self._repeats if repeats is None else repeats, shape)
 
     @classmethod
     def __torch_function__(
@@ -158,7 +213,7 @@ class View(torch.Tensor):
     def __repr__(self) -> str:
         with torch._C.DisableTorchFunctionSubclass():
             shape = tuple(self.shape)
-            return f"{type(self).__name__}({shape=}, dtype={self.dtype}, {self._stored.codec!r})"
+            return f"{type(self).__name__}({shape=}, dtype={self.dtype}, {self.stored.codec!r})"
 
 
 class KeyView(View):
@@ -192,9 +247,12 @@ def _lost(name: str) -> ViewError:
     )
 
 
-def views(stored: Stored, kernel: Kernel, stats: Stats) -> tuple[KeyView, ValueView]:
+def views(
+    stored: Stored, kernel: Kernel, stats: Stats, watch: Watch | None = None
+) -> tuple[KeyView, ValueView]:
     """The keys and values of one call."""
-    return KeyView(stored, kernel, stats), ValueView(stored, kernel, stats)
+    call = Call(stored, kernel, stats, watch)
+    return KeyView(call), ValueView(call)
 
 
 def _attend(
@@ -208,25 +266,36 @@ def _attend(
     enable_gqa: bool = False,
 ) -> Tensor | None:
     """`scaled_dot_product_attention` by the kernel; None where these are not one call's views."""
-    ours = (
-        isinstance(key, KeyView) and isinstance(value, ValueView) and key._stored is value._stored
-    )
+    ours = isinstance(key, KeyView) and isinstance(value, ValueView) and key.stored is value.stored
     if (
         not ours
         or isinstance(query, View)
         or dropout_p
-        or query.shape[1] % key._stored.tail[0].shape[1]
+        or query.shape[1] % key.stored.tail[0].shape[1]
     ):
         return None
-    kernel, stored, stats = key._kernel, key._stored, key._stats
-    rest = attn_mask, scale, is_causal
-    if recorded(query, *stored.tail) and not kernel.differentiable:
-        if not stored.block_count:  # tokens as they came: torch's own attention has the gradient
-            return None
-        stats.kernels[kernel.name] += 1
-        return ForwardOnly.apply(kernel, query, *stored.tail, stored, *rest)
-    stats.kernels[kernel.name] += 1
-    return kernel.attend(query, stored, *rest)[0]
+    call, stored = key._call, key.stored
+    kernel, watch = call.kernel, call.watch
+    mask = fit(attn_mask, is_causal, stored, query.shape[1])
+    rest = mask, scale, is_causal
+    lse = None
+    graph = recorded(query, *stored.tail) and not kernel.differentiable
+    # tokens as they came: torch's own attention has the gradient, and is faster for many queries
+    plain = stored.is_plain and not kernel.reads_plain(query.shape[2], stored.length)
+    if plain or (graph and not stored.block_count):
+        if not stored.is_plain:
+            call.stats.materialise(SDPA.__name__)
+        gqa = query.shape[1] != stored.tail[0].shape[1]
+        out = SDPA(query, *stored.dense(), mask, 0.0, is_causal, scale=scale, enable_gqa=gqa)
+    else:
+        call.stats.kernels[kernel.name] += 1
+        if graph:
+            out = ForwardOnly.apply(kernel, query, *stored.tail, stored, *rest)
+        else:
+            out, lse = kernel.attend(query, stored, *rest)
+    if watch:
+        watch.see(query.detach(), lse, kernel, stored, *rest)
+    return out
 
 
 class ForwardOnly(torch.autograd.Function):

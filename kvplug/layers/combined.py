@@ -2,29 +2,30 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from ..compat import LinearAttentionLayer
-from .growing import Layer
-from .static import StaticLayer
-from .static_coded import StaticCodedLayer
-from .static_sliding import StaticSlidingLayer
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from torch import Tensor
 
+    from .base import AttentionLayer, Slot
 
-class _Combined:
+
+class Combined:
     """Ours for keys and values, transformers' for the state, which does not grow with context.
 
     Named before both in a class: what is not said here is the attention part's, as its `update`,
     lengths and mask sizes.
     """
 
-    def __init__(self, *args: Any, number_of_states: int, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    attention: type[AttentionLayer]
+
+    def __init__(self, slot: Slot, number_of_states: int) -> None:
+        super().__init__(slot)
         LinearAttentionLayer.__init__(self, number_of_states=number_of_states)
 
     def lazy_initialization(self, *args: Any, **kwargs: Any) -> None:
@@ -56,18 +57,18 @@ class _Combined:
                 if state is not None:
                     states[i] = change(state)
 
-
-class CombinedLayer(_Combined, Layer, LinearAttentionLayer):
-    """`Layer` and a state."""
-
-
-class CombinedStaticLayer(_Combined, StaticLayer, LinearAttentionLayer):
-    """`StaticLayer` and a state."""
+    def __reduce__(self) -> tuple:
+        """Other processes make the class anew."""
+        return _blank, (self.attention,), vars(self)
 
 
-class CombinedStaticCodedLayer(_Combined, StaticCodedLayer, LinearAttentionLayer):
-    """`StaticCodedLayer` and a state."""
+@cache
+def with_state(attention: type[AttentionLayer]) -> type[AttentionLayer]:
+    """The class of layers that hold what `attention` holds, and a state."""
+    name = f"Combined{attention.__name__}"
+    return type(name, (Combined, attention, LinearAttentionLayer), {"attention": attention})
 
 
-class CombinedStaticSlidingLayer(_Combined, StaticSlidingLayer, LinearAttentionLayer):
-    """`StaticSlidingLayer` and a state."""
+def _blank(attention: type[AttentionLayer]) -> AttentionLayer:
+    kind = with_state(attention)
+    return kind.__new__(kind)

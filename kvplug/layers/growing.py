@@ -2,78 +2,68 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from ..attention.gradients import recorded, refuse, refuse_training
 from ..attention.stored import Stored
-from ..attention.view import views
+from ..attention.view import Watch, views
 from ..compat import CacheLayerMixin
 from ..errors import CacheOverflow, Evicted
 from ..placement.device import OnDevice
-from ..retention.base import Scored
-from .batch import RowOperations, check_alike
+from ..retention.window import Window
+from .base import AttentionLayer, overflow, removed
+from .batch import check_alike
 from .buffer import Buffer
-from .layout import Layout
-from .sinks import Pins
+from .sinks import SinkTokens
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from torch import Tensor
 
-    from ..placement.base import Place
-    from ..spec import Strategy
-    from ..stats import Stats
-    from .rotation import Rotation
+    from ..codecs.base import Encoded
+    from .base import Slot
 
 
-@dataclass(frozen=True)
-class Growing(Layout):
-    """Reserve an eighth ahead and append in place; DynamicCache concatenates at each token."""
-
-    name: ClassVar[str] = "growing"
-
-
-class Layer(RowOperations, CacheLayerMixin):
+class Layer(AttentionLayer, CacheLayerMixin):
     """Keys and values of one attention layer.
 
     New tokens go to the tail, in full precision; once attention has seen them, whole blocks leave
     it: they are encoded once, placed once, and never touched again. `update` returns views that a
     kernel reads. With `exact` on the device no block is ever cut, and it returns plain tensors,
-    but where a kernel reads these, or pinned tokens before them, faster than torch does.
+    but where a kernel reads these, or sinks before them, faster than torch does.
 
-    Columns count tokens from the start of the sequence, padding included. `Physical` columns are
-    those still stored: blocks first, tail last, the newest token always the last one. Visible
-    columns, those a query may see, are a suffix of them; where retention pins the first tokens,
-    these are read in the place of the oldest visible columns, so that the mask transformers builds
-    for a plain suffix is right for every kind of retention.
+    Columns count tokens from the start of the sequence, padding included:
+
+        column   0 ................................................................ seen
+                 |  evicted  |  sinks  |  blocks  |  tail  |  new  |
+                             ^ first visible              ^ seen, before `update`
+
+    What is stored is blocks, then tail; what a query may see is a suffix of the columns, so that
+    the mask transformers builds for a suffix is right whatever retention drops. Sinks, the first
+    tokens of a row where retention keeps them, are read in the place of the oldest visible ones.
     """
 
     is_compileable = False
-    is_croppable = True  # nothing is encoded or dropped before `crop` while the past is recorded
     is_sliding = False
 
-    def __init__(
-        self,
-        strategy: Strategy,
-        place: Place,
-        stats: Stats,
-        rotation: Rotation | None = None,
-        is_sliding: bool = False,
-    ) -> None:
-        self.strategy, self.place, self.stats, self.is_sliding = strategy, place, stats, is_sliding
-        self.blocked = strategy.codec.name != "exact" or strategy.placement.name != "device"
-        self.pins = Pins(strategy.retention.first, rotation) if strategy.retention.first else None
+    def __init__(self, slot: Slot) -> None:
+        strategy = slot.strategy
+        if slot.sliding_window is not None:
+            strategy = strategy.replace(retention=Window(length=slot.sliding_window))
+            self.is_sliding = True
+        self.strategy, self.place, self.stats = strategy, slot.place, slot.stats
+        self.cuts_blocks = strategy.codec.name != "exact" or strategy.placement.name != "device"
+        first = strategy.retention.first
+        self.sinks = SinkTokens(first, slot.turn) if first else None
         self.padding: Tensor | None = None  # [B] leading padding tokens of each row
         self._forget()
 
     def _forget(self) -> None:
         self.is_initialized = self.record_past = False
         self.seen = 0
-        self._since_eviction = 0  # tokens that retention has not judged yet
         self._fetched: dict[str, Tensor] | None = None  # blocks under way to the device
 
     # --- what transformers calls in a forward pass
@@ -86,17 +76,17 @@ class Layer(RowOperations, CacheLayerMixin):
         room = self.strategy.layout.limit or 0  # columns reserved ahead
         if retention.newest is not None:
             room = min(room, retention.first + retention.newest + codec.block)
-        tail_room = min(room, codec.tail + codec.block) if self.blocked else room
+        tail_room = min(room, codec.tail + codec.block) if self.cuts_blocks else room
         self.tail = Buffer(OnDevice(), self.device, 16, tail_room)
         # steady: new blocks come while attention still reads what `update` returned
-        block_room = -(-room // codec.block) if self.blocked else 0
+        block_room = -(-room // codec.block) if self.cuts_blocks else 0
         self.blocks = Buffer(self.place, self.device, 1, block_room, steady=True)
         deepest = 0
         if self.padding is None:
             self.padding = torch.zeros(key_states.shape[0], dtype=torch.long, device=self.device)
-        elif self.pins is not None:
+        elif self.sinks is not None:
             deepest = int(self.padding.max())
-        self._last_pin = deepest + retention.first if self.pins is not None else 0
+        self._last_sink = deepest + retention.first if self.sinks is not None else 0
         self.is_initialized = True
 
     def update(
@@ -135,18 +125,21 @@ class Layer(RowOperations, CacheLayerMixin):
         self._check_room(S)
         first = self._first_visible()
         graph = None
-        if self.blocked and recorded(*new):
+        if self.cuts_blocks and recorded(*new):
             refuse_training(self.strategy)
             graph, new = new, (key_states.detach(), value_states.detach())
-        if self.seen < self._last_pin:
-            self.pins.capture(*new, self.seen, self.padding)
+        if self.seen < self._last_sink:
+            self.sinks.capture(*new, self.seen, self.padding)
         self.tail.append({"k": new[0], "v": new[1]})
         self.seen += S
-        self._since_eviction += S
         visible = self._visible(first, S, graph)
+        self._after_update(S)
+        return visible
+
+    def _after_update(self, S: int) -> None:
+        """What follows the S newest tokens; attention still reads what `update` returns."""
         if not self.record_past:
             self._settle()
-        return visible
 
     def get_seq_length(self) -> int:
         """Tokens seen, padding included."""
@@ -165,7 +158,6 @@ class Layer(RowOperations, CacheLayerMixin):
         return min((n for n in (limit, window) if n is not None), default=-1)
 
     def prefetch(self) -> None:
-        """Start bringing blocks to the device, where the placement can do so without waiting."""
         if self.is_initialized and len(self.blocks):
             self._fetched = self.place.prefetch(self.blocks.read(), self.device)
 
@@ -176,8 +168,13 @@ class Layer(RowOperations, CacheLayerMixin):
     # --- what is kept
 
     def held(self) -> int:
-        """Tokens that the next query can see, itself not counted."""
         return self.seen - self._first_visible()
+
+    def encoded(self) -> tuple[int, int, Encoded | None]:
+        if not self.is_initialized:
+            return 0, 0, None
+        blocks = self.blocks.read() if len(self.blocks) else None
+        return self._first_stored(), self._tail_start(), blocks
 
     @property
     def keys(self) -> Tensor | None:
@@ -191,15 +188,14 @@ class Layer(RowOperations, CacheLayerMixin):
 
     def _dense(self, side: int) -> Tensor:
         first = self._first_visible()
-        if not self._pinned(first):
+        if not self._has_sinks(first):
             return self._read(first, self.seen, side).clone()
-        start = first + self.pins.count
-        return torch.cat((self._pins(first)[side], self._read(start, self.seen, side)), dim=2)
+        start = first + self.sinks.count
+        return torch.cat((self._sinks_at(first)[side], self._read(start, self.seen, side)), dim=2)
 
     # --- transformers' API
 
     def set_padding(self, padding: Tensor) -> None:
-        """Leading padding tokens of each row, [B] int, told before the first token."""
         self.padding = padding
         if self.is_initialized:
             self.padding = padding.to(self.device)
@@ -235,18 +231,21 @@ class Layer(RowOperations, CacheLayerMixin):
         self._check_rollback(n)
         while n > len(self.tail):
             self._reopen_last_block()
+        self._drop_last(n)
+        self._settle()
+
+    def _drop_last(self, n: int) -> None:
+        """Forget the newest n tokens, all of them in the tail."""
         self.tail.drop_last(n)
         self.seen -= n
-        self._since_eviction -= n
-        self._settle()
 
     def reset(self) -> None:
         """Forget all tokens and give their memory back."""
         if self.is_initialized:
             self.tail.clear()
             self.blocks.clear()
-        if self.pins is not None:
-            self.pins.clear()
+        if self.sinks is not None:
+            self.sinks.clear()
         self.padding = None
         self._forget()
 
@@ -256,8 +255,8 @@ class Layer(RowOperations, CacheLayerMixin):
         self.tail.map(change)
         self.blocks.map(change)
         self.padding = change(self.padding)
-        if self.pins is not None:
-            self.pins.map(change)
+        if self.sinks is not None:
+            self.sinks.map(change)
         self._fetched = None
 
     # --- columns, and reading them
@@ -273,44 +272,51 @@ class Layer(RowOperations, CacheLayerMixin):
     def _first_visible(self, n: int = 0) -> int:
         """The oldest column that the next query can see; were the newest n tokens removed."""
         retention = self.strategy.retention
-        if isinstance(retention, Scored):
-            return self._first_stored() if self.is_initialized else 0
         if retention.newest is None:
             return 0
         return max(0, self.seen - n - (retention.newest - 1) - retention.first)
 
-    def _pinned(self, first: int) -> bool:
-        """Whether pins stand at the columns `first` and on."""
-        return self.pins is not None and first > 0
+    def _has_sinks(self, first: int) -> bool:
+        """Whether sinks stand at the columns `first` and on."""
+        return self.sinks is not None and first > 0
 
-    def _pins(self, first: int) -> tuple[Tensor, Tensor]:
-        """Keys and values [B, H, count, D] of the pins, as they stand at columns `first` and on."""
-        last = first + self.pins.count
+    def _sinks_at(self, first: int) -> tuple[Tensor, Tensor]:
+        """Keys and values [B, H, count, D] of the sinks, as they stand from column `first` on."""
+        last = first + self.sinks.count
 
         def own() -> tuple[Tensor, Tensor]:
             return self._read(first, last, 0), self._read(first, last, 1)
 
-        return self.pins.at(first, self.padding, own)
+        return self.sinks.at(first, self.padding, own)
 
     def _visible(
         self, first: int, S: int, graph: tuple[Tensor, Tensor] | None
     ) -> tuple[Tensor, Tensor]:
-        """Keys and values from column `first` on, pins in their place.
+        """Keys and values from column `first` on, sinks in their place.
 
         graph: the new tokens, where autograd records them and what is stored passes no gradient.
         """
         head, start = None, first
-        if self._pinned(first):
-            head, start = self._pins(first), first + self.pins.count
+        if self._has_sinks(first):
+            head, start = self._sinks_at(first), first + self.sinks.count
         blocks, skip = self._blocks_from(start)
         rows = self.tail.read(max(0, start - self._tail_start()))
         tail = rows["k"], rows["v"]
         if graph is not None:
             tail = refuse(self.strategy, graph, tail)
-        stored = Stored(self.strategy.codec, head, blocks, skip, tail)
-        if blocks or self._kernel_reads(S, stored):
-            return views(stored, self.kernel, self.stats)
+        visible, watch = self._visible_columns(), self._watch(S)
+        stored = Stored(self.strategy.codec, head, blocks, skip, tail, new=S, visible=visible)
+        if blocks or watch or self._kernel_reads(S, stored):
+            return views(stored, self.kernel, self.stats, watch)
         return stored.dense()
+
+    def _visible_columns(self) -> Tensor | None:
+        """Which columns before the new ones a query may see, [B, H, T]; None: as the mask says."""
+        return None
+
+    def _watch(self, S: int) -> Watch | None:
+        """Who wants to see the queries of S new tokens."""
+        return None
 
     def _kernel_reads(self, S: int, stored: Stored) -> bool:
         """Whether to leave tokens that are all as they came to the kernel, rather than to torch."""
@@ -320,7 +326,7 @@ class Layer(RowOperations, CacheLayerMixin):
         return reads(S, stored.length)
 
     def _read(self, begin: int, end: int, side: int) -> Tensor:
-        """Columns begin:end of keys (0) or values (1), decoded, without pins: [B, H, n, D]."""
+        """Columns begin:end of keys (0) or values (1), decoded, without sinks: [B, H, n, D]."""
         blocks, skip = self._blocks_from(begin, end)
         tail_start = self._tail_start()
         tail = self.tail.read(max(0, begin - tail_start), max(0, end - tail_start))
@@ -349,18 +355,10 @@ class Layer(RowOperations, CacheLayerMixin):
 
     def _settle(self) -> None:
         """Drop what no later query can see, then encode and place the blocks the tail can spare."""
-        retention, codec = self.strategy.retention, self.strategy.codec
+        codec = self.strategy.codec
         self._fetched = None  # a copy of blocks as they were
-        if isinstance(retention, Scored):
-            self._evict_by_score(retention)
-            return
-        gone = self._first_visible() - self._first_stored()
-        if gone > 0:
-            blocks = min(gone // codec.block, len(self.blocks))
-            self.blocks.drop_first(blocks)
-            if not len(self.blocks):
-                self.tail.drop_first(gone - blocks * codec.block)
-        if not self.blocked:
+        self._evict()
+        if not self.cuts_blocks:
             return
         n = (len(self.tail) - codec.tail) // codec.block
         if n > 0:
@@ -370,14 +368,15 @@ class Layer(RowOperations, CacheLayerMixin):
             self.tail.drop_first(n * codec.block)
             self.stats.blocks_encoded += n
 
-    def _evict_by_score(self, retention: Scored) -> None:
-        if len(self.tail) < retention.budget + retention.every:
-            return
-        rows = self.tail.read()
-        padding = (self.padding - self._tail_start()).clamp_min(0)  # what is left of it
-        keep = retention.keep(rows["k"], rows["v"], padding)[..., None]
-        self.tail.map(lambda x: x.gather(2, keep.expand(-1, -1, -1, x.shape[-1])))
-        self._since_eviction = 0
+    def _evict(self) -> None:
+        """Drop what no later query can see: whole blocks, then of the tail."""
+        gone = self._first_visible() - self._first_stored()
+        if gone > 0:
+            block = self.strategy.codec.block
+            blocks = min(gone // block, len(self.blocks))
+            self.blocks.drop_first(blocks)
+            if not len(self.blocks):
+                self.tail.drop_first(gone - blocks * block)
 
     def _reopen_last_block(self) -> None:
         """Decode the newest block back into the front of the tail."""
@@ -391,37 +390,18 @@ class Layer(RowOperations, CacheLayerMixin):
         self.tail.append(opened)
 
     def _check_rollback(self, n: int) -> None:
-        retention = self.strategy.retention
-        if isinstance(retention, Scored):
-            lost = self._tail_start() > 0 and n > self._since_eviction
-        else:
-            lost = self._first_visible(n) < self._first_stored()
-        if lost:
+        if self._lost(n):
             raise Evicted(
-                f"cannot crop {n} of {self.seen} tokens: {retention} has dropped some that would "
-                "be visible then; call activate_past_recording() before such tokens come"
+                f"cannot crop {n} of {self.seen} tokens: {self.strategy.retention} has dropped "
+                "some that would be visible then; call activate_past_recording() before such "
+                "tokens come"
             )
+
+    def _lost(self, n: int) -> bool:
+        """Whether tokens that were visible without the newest n have been dropped."""
+        return self._first_visible(n) < self._first_stored()
 
     def _check_room(self, S: int) -> None:
         limit = self.strategy.layout.limit
         if limit is not None and self.seen + S > limit:
             raise CacheOverflow(overflow(limit, self.seen, S))
-
-
-def removed(tokens_to_remove: int, seen: int) -> int:
-    """How many of the tokens seen a `crop` removes: transformers says it with a minus sign.
-
-    It may be a tensor: transformers 5.17 passes one in assisted decoding.
-    """
-    tokens_to_remove = int(tokens_to_remove)
-    if tokens_to_remove > 0:
-        raise ValueError(f"crop takes minus the number of tokens to remove, got {tokens_to_remove}")
-    return min(-tokens_to_remove, seen)
-
-
-def overflow(limit: int, seen: int, S: int) -> str:
-    """The text of CacheOverflow."""
-    return (
-        f"static cache of max_cache_len={limit} holds {seen} tokens and cannot take {S} more; "
-        f"build it with max_cache_len >= {seen + S}"
-    )

@@ -1,19 +1,26 @@
-"""The contract of a layout: how much room is reserved ahead."""
+"""How room for tokens is reserved: the contract of a layout, and `growing` and `static`."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from ..stage import Stage
+from ..retention.base import Scored
+from ..stage import Stage, option
+from .growing import Layer
+from .scored import ScoredLayer
+from .static import StaticLayer
+from .static_coded import StaticCodedLayer
+from .static_sliding import StaticSlidingLayer
 
 if TYPE_CHECKING:
     from ..spec import Strategy
+    from .base import AttentionLayer, Slot
 
 
 @dataclass(frozen=True)
 class Layout(Stage):
-    """How a layer reserves room for its tokens."""
+    """How a layer reserves room for its tokens, and with that the class that holds them."""
 
     kind: ClassVar[str] = "layout"
 
@@ -25,3 +32,45 @@ class Layout(Stage):
     def is_compileable(self, strategy: Strategy) -> bool:
         """Whether a decode step of `strategy` is one compiled graph for all lengths."""
         return False
+
+    def layer(self, slot: Slot) -> type[AttentionLayer]:
+        """The class of a layer, which is built by `cls(slot)`; `slot.strategy.layout` is self."""
+        scored = slot.sliding_window is None and isinstance(slot.strategy.retention, Scored)
+        return ScoredLayer if scored else Layer
+
+
+@dataclass(frozen=True)
+class Growing(Layout):
+    """Reserve an eighth ahead and append in place; DynamicCache concatenates at each token."""
+
+    name: ClassVar[str] = "growing"
+
+
+@dataclass(frozen=True)
+class Static(Layout):
+    """Reserve `max_cache_len` tokens once; one compiled graph serves every length.
+
+    `torch.compile(model, fullgraph=True)` decodes without recompiling. `generate` fills in
+    `max_cache_len`, `kvplug.build` takes it as an argument; more tokens raise CacheOverflow.
+    Compiled decoding needs full+device, exact or coded. With `window`, `sinks`, `host` or `disk`
+    room is reserved all the same, but lengths are Python integers and the cache says
+    `is_compileable = False`.
+    """
+
+    name: ClassVar[str] = "static"
+    max_cache_len: int | None = option(None, "most tokens of a sequence, prompt included", ge=1)
+
+    @property
+    def limit(self) -> int | None:
+        return self.max_cache_len
+
+    def is_compileable(self, strategy: Strategy) -> bool:
+        return strategy.retention.newest is None and strategy.placement.name == "device"
+
+    def layer(self, slot: Slot) -> type[AttentionLayer]:
+        strategy = slot.strategy
+        if not self.is_compileable(strategy):
+            return super().layer(slot)
+        if slot.sliding_window is not None:  # windows stay in full precision
+            return StaticSlidingLayer
+        return StaticLayer if strategy.codec.name == "exact" else StaticCodedLayer

@@ -16,11 +16,11 @@ if TYPE_CHECKING:
     from .rotation import Turn
 
 
-class Pins:
+class SinkTokens:
     """The first `count` real tokens of each row, in full precision and as they first came.
 
     Rows of a left-padded batch start at different columns and overflow at different times: a row
-    whose real tokens all fit still shows its own tokens where another row shows its pins.
+    whose real tokens all fit still shows its own tokens where another row shows its sinks.
     """
 
     def __init__(self, count: int, turn: Turn | None) -> None:
@@ -37,8 +37,8 @@ class Pins:
         if self.keys is None:
             self.keys = keys.new_zeros(*keys.shape[:2], self.count, keys.shape[-1])
             self.values = values.new_zeros(*values.shape[:2], self.count, values.shape[-1])
-        pins = torch.arange(self.count, device=padding.device)
-        column = padding[:, None] + pins - seen  # [B, count], among the new tokens
+        sinks = torch.arange(self.count, device=padding.device)
+        column = padding[:, None] + sinks - seen  # [B, count], among the new tokens
         here = ((column >= 0) & (column < keys.shape[2]))[:, None, :, None]
         column = column.clamp(0, keys.shape[2] - 1)[:, None, :, None]
         with lasting():

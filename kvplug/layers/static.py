@@ -3,63 +3,35 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from ..attention.gradients import recorded
 from ..compat import StaticLayer as TransformersStaticLayer
 from ..errors import CacheOverflow
-from ..stage import option
-from .batch import RowOperations, check_alike, rebatch
+from .base import AttentionLayer, overflow, removed
+from .batch import check_alike, rebatch
 from .buffer import lasting
-from .growing import overflow, removed
-from .layout import Layout
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from torch import Tensor
 
-    from ..spec import Strategy
-    from ..stats import Stats
+    from .base import Slot
 
 
-@dataclass(frozen=True)
-class Static(Layout):
-    """Reserve `max_cache_len` tokens once; one compiled graph serves every length.
-
-    `torch.compile(model, fullgraph=True)` decodes without recompiling. `generate` fills in
-    `max_cache_len`, `kvplug.build` takes it as an argument; more tokens raise CacheOverflow.
-    Compiled decoding needs full+device, exact or coded. With `window`, `sinks`, `host` or `disk`
-    room is reserved all the same, but lengths are Python integers and the cache says
-    `is_compileable = False`.
-    """
-
-    name: ClassVar[str] = "static"
-    max_cache_len: int | None = option(None, "most tokens of a sequence, prompt included", ge=1)
-
-    @property
-    def limit(self) -> int | None:
-        return self.max_cache_len
-
-    def is_compileable(self, strategy: Strategy) -> bool:
-        return strategy.retention.newest is None and strategy.placement.name == "device"
-
-
-class StaticLayer(RowOperations, TransformersStaticLayer):
+class StaticLayer(AttentionLayer, TransformersStaticLayer):
     """transformers' static layer, with rollback, batch operations and overflow that raises.
 
     The number of tokens is a tensor, changed in place: one compiled graph serves all numbers.
     """
 
-    is_croppable = True
-
-    def __init__(self, strategy: Strategy, stats: Stats) -> None:
+    def __init__(self, slot: Slot) -> None:
+        self.strategy, self.stats = slot.strategy, slot.stats
         with lasting():
-            super().__init__(max_cache_len=strategy.layout.limit)
-        self.strategy, self.stats = strategy, stats
+            super().__init__(max_cache_len=self.strategy.layout.limit)
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
@@ -102,7 +74,6 @@ class StaticLayer(RowOperations, TransformersStaticLayer):
         return self.max_cache_len, 0
 
     def held(self) -> int:
-        """Tokens kept: all that were seen."""
         return int(self.cumulative_length)
 
     def crop(self, tokens_to_remove: int) -> None:

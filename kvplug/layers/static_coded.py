@@ -10,9 +10,9 @@ import torch
 from ..attention.gradients import recorded, refuse, refuse_training
 from ..attention.stored import Stored
 from ..attention.view import views
+from .base import removed
 from .batch import rebatch
 from .buffer import lasting
-from .growing import removed
 from .static import StaticLayer
 
 if TYPE_CHECKING:
@@ -21,8 +21,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from ..codecs.base import Encoded
-    from ..spec import Strategy
-    from ..stats import Stats
+    from .base import Slot
 
 
 class StaticCodedLayer(StaticLayer):
@@ -38,9 +37,12 @@ class StaticCodedLayer(StaticLayer):
     does. While the past is recorded steps are eager: how much waits for `crop` has no fixed shape.
     """
 
-    def __init__(self, strategy: Strategy, stats: Stats) -> None:
+    cuts_blocks = True
+
+    def __init__(self, slot: Slot) -> None:
         # not super().__init__: it would assign keys and values, which are decoded on demand here
-        self.strategy, self.stats, self.max_cache_len = strategy, stats, strategy.layout.limit
+        self.strategy, self.stats = slot.strategy, slot.stats
+        self.max_cache_len = self.strategy.layout.limit
         with lasting():
             self.cumulative_length = torch.tensor(0)
         self.is_initialized = self.record_past = False
@@ -150,6 +152,14 @@ class StaticCodedLayer(StaticLayer):
     def _stored(self, tail: list[Tensor], empty: int = 0) -> Stored:
         blocks = {name: x[:, :, : int(self.block_count)] for name, x in self.blocks.items()}
         return Stored(self.strategy.codec, None, blocks, 0, tuple(tail), empty)
+
+    def encoded(self) -> tuple[int, int, Encoded | None]:
+        """The first column that lies in a block, the first after these, and the blocks."""
+        n = int(self.block_count) if self.is_initialized else 0
+        if not n:
+            return 0, 0, None
+        blocks = {name: x[:, :, :n] for name, x in self.blocks.items()}
+        return 0, n * self.strategy.codec.block, blocks
 
     def _held(self) -> tuple[Tensor, Tensor]:
         return self.tail[0], self.tail[1]

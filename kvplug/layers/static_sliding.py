@@ -9,32 +9,31 @@ import torch
 from ..attention.gradients import recorded, refuse, refuse_training
 from ..compat import StaticSlidingWindowLayer
 from ..errors import CacheOverflow, Evicted
-from .batch import RowOperations, check_alike, rebatch
+from .base import AttentionLayer, overflow, removed
+from .batch import check_alike, rebatch
 from .buffer import lasting
-from .growing import overflow, removed
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from torch import Tensor
 
-    from ..spec import Strategy
+    from .base import Slot
 
 
-class StaticSlidingLayer(RowOperations, StaticSlidingWindowLayer):
+class StaticSlidingLayer(AttentionLayer, StaticSlidingWindowLayer):
     """The newest `max_cache_len` tokens in full precision, in room reserved once.
 
     The model's own window; where the room reserved is less, nothing slides and more tokens raise.
     While the past is recorded, tokens that leave the window are kept aside until `crop`.
     """
 
-    is_croppable = True  # nothing is out of reach of `crop` while the past is recorded
-
-    def __init__(self, strategy: Strategy, sliding_window: int) -> None:
-        self.strategy, max_cache_len = strategy, strategy.layout.limit
+    def __init__(self, slot: Slot) -> None:
+        self.strategy, window = slot.strategy, slot.sliding_window
+        max_cache_len = self.strategy.layout.limit
         with lasting():
-            super().__init__(max_cache_len=max_cache_len, sliding_window=sliding_window)
-        self.never_slides = max_cache_len < sliding_window
+            super().__init__(max_cache_len=max_cache_len, sliding_window=window)
+        self.never_slides = max_cache_len < window
         self.record_past = False
         # keys and values [B, H, T, D] of the window before the record and of all tokens since
         self._past: tuple[Tensor, Tensor] | None = None
@@ -71,7 +70,6 @@ class StaticSlidingLayer(RowOperations, StaticSlidingWindowLayer):
         return super().get_mask_sizes(query_length)
 
     def held(self) -> int:
-        """Tokens kept."""
         return min(self.cumulative_length_int, self.max_cache_len)
 
     def _check_room(self, S: int) -> None:

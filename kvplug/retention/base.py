@@ -36,50 +36,86 @@ class Retention(Stage):
         """Length of the window that slides, the newest query counted; None: nothing is dropped."""
         return None
 
+    @property
+    def queries(self) -> int:
+        """How many of the newest queries it wants to see once attention has run; 0: none."""
+        return 0
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """What a layer holds once attention has run: the tokens among which a method chooses.
+
+    keys: [B, H, T, Dk] in order of position, rotated where the model rotates; those that are
+        encoded come decoded
+    values: [B, H, T, Dv]
+    positions: [B, H, T] int, the column at which each token came, padding counted
+    padding: [B] int, leading padding columns of each row: tokens before them are padding
+    queries: [B, Q, n, Dk], the newest ones, as many as the method asks for or as there were; head h
+        of the H is read by queries h*Q/H and on. None where it asks for none
+    log_sum_exp: [B, Q, n] float32, of the scaled scores of these queries over all they could see;
+        None where it does not ask
+    scale: of the scores
+    """
+
+    keys: Tensor
+    values: Tensor
+    positions: Tensor
+    padding: Tensor
+    queries: Tensor | None = None
+    log_sum_exp: Tensor | None = None
+    scale: float | None = None
+
 
 @dataclass(frozen=True)
 class Scored(Retention):
     """Keep the `budget` tokens that score highest, chosen anew whenever `every` more have come.
 
-    Subclasses are dataclasses with these two options and `score`; see `examples/plugin` for one in
-    ten lines.
+    Subclasses are dataclasses with these two options and `score`; see `examples/plugin` for two in
+    a few lines. Tokens are chosen before they are encoded; of what is encoded already, whole blocks
+    go, those whose tokens score lowest on average, so that a block's bytes never change.
     """
 
     budget: int
     every: int
+    log_sum_exp: ClassVar[bool] = False  # whether `score` wants it, for the queries it asks for
 
-    def score(self, keys: Tensor, values: Tensor) -> Tensor:
-        """How much each token is worth keeping.
-
-        Args:
-            keys: [B, H, T, Dk], as stored (rotated where the model rotates).
-            values: [B, H, T, Dv].
-
-        Returns:
-            [B, H, T], higher is kept.
-        """
+    def score(self, tokens: Candidates) -> Tensor:
+        """How much each token is worth keeping, [B, H, T]: higher is kept."""
         raise NotImplementedError
 
-    def keep(self, keys: Tensor, values: Tensor, padding: Tensor) -> Tensor:
-        """Indices of the tokens that stay, [B, H, budget], in the order of their positions.
+    def keep(self, tokens: Candidates, blocks: int = 0, block: int = 1) -> tuple[Tensor, Tensor]:
+        """Choose `budget` tokens, or up to a block fewer.
 
-        padding: [B] leading padding tokens still held; they go first, so that transformers' mask,
-            which counts from the newest token backwards, stays right for every row.
+        Args:
+            tokens: T of them, of which the first blocks * block are encoded in so many blocks.
+            blocks: number of blocks.
+            block: tokens of each.
+
+        Returns:
+            indices of blocks that stay [B, H, n] and of tokens behind them [B, H, m], counted from
+            the first of these, both in order of position. Padding goes first; of equals the newer
+            stays.
         """
-        score = self.score(keys, values)
-        column = torch.arange(score.shape[-1], device=score.device)
-        score = score.masked_fill(column < padding[:, None, None], -torch.inf)
-        # of equal scores the newer wins, in every row alike, and of padding where a row needs some
-        order = score.flip(-1).argsort(dim=-1, descending=True, stable=True)[..., : self.budget]
-        return (score.shape[-1] - 1 - order).sort(dim=-1).values
+        score = self.score(tokens).masked_fill(
+            tokens.positions < tokens.padding[:, None, None], -torch.inf
+        )
+        encoded = blocks * block
+        excess = score.shape[-1] - self.budget
+        gone = min(blocks, excess // block)
+        rest = score.shape[-1] - encoded - (excess - gone * block)  # tokens that stay behind blocks
+        if rest < 0:  # fewer than must go
+            gone, rest = gone + 1, score.shape[-1] - encoded
+        of_blocks = score[..., :encoded].unflatten(-1, (blocks, block)).mean(-1)
+        return _highest(of_blocks, blocks - gone), _highest(score[..., encoded:], rest)
 
     def conflict(self, strategy: Strategy) -> str | None:
-        if (
-            strategy.layout.name != "growing"
-            or strategy.codec.name != "exact"
-            or strategy.placement.name != "device"
-        ):
-            return (
-                f"{self.name!r} picks single tokens out of the cache: it needs growing+exact+device"
-            )
+        if strategy.layout.limit is not None or strategy.layout.name == "static":
+            return f"{self.name!r} picks tokens out of the cache: it needs room that grows"
         return None
+
+
+def _highest(score: Tensor, n: int) -> Tensor:
+    """Indices [B, H, n] of the highest scores [B, H, T], rising; of equals the later ones."""
+    order = score.flip(-1).argsort(dim=-1, descending=True, stable=True)[..., :n]
+    return (score.shape[-1] - 1 - order).sort(dim=-1).values

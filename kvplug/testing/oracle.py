@@ -14,9 +14,7 @@ from transformers import GPT2Config
 from ..cache import build
 from ..compat import DynamicLayer
 from ..errors import CacheOverflow, Evicted
-from ..layers.growing import Layer
 from ..layers.static import StaticLayer
-from ..layers.static_coded import StaticCodedLayer
 from ..retention.base import Retention, Scored
 
 if TYPE_CHECKING:
@@ -24,7 +22,6 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from ..codecs.base import Encoded
     from ..spec import Strategy
 from .tools import dense, normal, same, seeded
 
@@ -58,7 +55,7 @@ class Oracle:
 
     def follow(self, layer: Any) -> None:
         """Widen the error of the blocks encoded since the last call, by the codec's bound."""
-        begin, end, data = encoded_columns(layer)
+        begin, end, data = layer.encoded()
         if data is not None and end > self.encoded[1]:
             codec = layer.strategy.codec
             n = (end - max(begin, self.encoded[1])) // codec.block
@@ -74,7 +71,7 @@ class Oracle:
         return 0 if newest is None else max(0, seen - (newest - 1) - self.retention.first)
 
     def visible(self, first: int) -> tuple[list[tuple[Tensor, Tensor]], Tensor]:
-        """Keys and values from column `first` on, each with its error; and which are pins."""
+        """Keys and values from column `first` on, each with its error; and which are sinks."""
         columns = torch.arange(first, self.seen).expand(len(self.padding), -1).clone()
         pinned = torch.zeros_like(columns, dtype=torch.bool)
         if self.retention.first and first > 0:
@@ -113,18 +110,6 @@ class Oracle:
             self.padding = change(self.padding)
 
 
-def encoded_columns(layer: Any) -> tuple[int, int, Encoded | None]:
-    """The first column that lies in an encoded block, the first after these, and the blocks."""
-    if isinstance(layer, StaticCodedLayer) and layer.is_initialized:
-        n = int(layer.block_count)
-        blocks = {name: x[:, :, :n] for name, x in layer.blocks.items()}
-        return 0, n * layer.strategy.codec.block, blocks if n else None
-    if isinstance(layer, Layer) and layer.is_initialized:
-        data = layer.blocks.read() if len(layer.blocks) else None
-        return layer._first_stored(), layer._tail_start(), data
-    return 0, 0, None
-
-
 def one_layer(strategy: Strategy, padding: Tensor | None = None, limit: int = 256) -> Any:
     """A layer of this strategy, keys never rotated."""
     if strategy.layout.name == "static" and strategy.layout.limit is None:
@@ -132,7 +117,7 @@ def one_layer(strategy: Strategy, padding: Tensor | None = None, limit: int = 25
             layout=dataclasses.replace(strategy.layout, max_cache_len=limit)
         )
     layer = build(strategy, GPT2Config(n_layer=1)).layers[0]
-    if padding is not None and isinstance(layer, Layer):
+    if padding is not None:
         layer.set_padding(padding)
     return layer
 
@@ -190,7 +175,7 @@ class Machine:
             return
         first = oracle.first_visible()
         length, offset = layer.get_mask_sizes(S)
-        before, encoded = int(layer.get_seq_length()), encoded_columns(layer)[1]
+        before, encoded = int(layer.get_seq_length()), layer.encoded()[1]
         got = layer.update(keys.clone(), values.clone())
         self.returned = [(x, dense(x).clone()) for x in got]
         assert before == oracle.seen
@@ -207,12 +192,11 @@ class Machine:
             assert same(plain[:, :, -S:].contiguous(), exact[:, :, -S:]), "this call's own tokens"
         oracle.follow(layer)
         codec = self.strategy.codec
-        if isinstance(layer, (Layer, StaticCodedLayer)) and self.recording:
-            assert encoded_columns(layer)[1] == encoded, "nothing is encoded before `crop`"
-        elif isinstance(layer, (Layer, StaticCodedLayer)):
-            begin, end, _ = encoded_columns(layer)
-            if getattr(layer, "blocked", True):
-                assert oracle.seen - max(end, begin) <= codec.tail + codec.block - 1
+        begin, end, _ = layer.encoded()
+        if self.recording:
+            assert end == encoded, "nothing is encoded before `crop`"
+        elif layer.cuts_blocks:
+            assert oracle.seen - max(end, begin) <= codec.tail + codec.block - 1
 
     def crop(self, n: int) -> None:
         oracle = self.oracle

@@ -13,7 +13,7 @@ from ..codecs.exact import Exact
 from ..compat import cache_argument
 from ..kernels.reference import Reference
 from ..layers.buffer import Buffer
-from ..layers.growing import Growing
+from ..layers.layout import Growing
 from ..retention.full import Full
 from ..spec import Strategy, parse
 

@@ -11,13 +11,23 @@ from ..codecs.exact import Exact
 from ..compat import cache_argument
 from ..errors import Evicted
 from ..kernels.reference import Reference
-from ..layers.growing import Growing
+from ..layers.layout import Growing
 from ..placement.device import Device
 from ..retention.base import Retention, Scored
 from ..spec import PREFIX, Strategy, parse
 from .memory import walked_bytes
 from .oracle import one_layer
-from .tools import assert_close, dense, left_padded, normal, prompt, same, tiny_llama
+from .tools import (
+    assert_close,
+    attended,
+    dense,
+    left_padded,
+    normal,
+    prompt,
+    raw_bytes,
+    same,
+    tiny_llama,
+)
 
 
 class RetentionConformance:
@@ -65,7 +75,7 @@ class RetentionConformance:
             # token i is the number i, in every channel of its values
             values = torch.tensor(new, dtype=torch.float32)[None, None, :, None].expand(2, 3, -1, 4)
             length, offset = layer.get_mask_sizes(chunk)
-            k, v = layer.update(normal(2, 3, chunk, 8, seed=step), values)
+            k, v = attended(layer, normal(2, 3, chunk, 8, seed=step), values)
             assert k.shape == (2, 3, length, 8)
             assert v.shape == (2, 3, length, 4)
             assert offset + length == len(came) == layer.get_seq_length()
@@ -88,6 +98,42 @@ class RetentionConformance:
                     else came[:first] + came[len(came) - newest :]
                 )
                 assert (held == torch.tensor(kept, dtype=torch.float32)).all()
+
+    @pytest.mark.parametrize(
+        "rest", ["int8(block=8)", "int4(block=8, tail=5)+host", "exact(block=4)+disk"]
+    )
+    def test_goes_with_codecs_and_placements(
+        self, retention: Retention, strategy: Strategy, budget: int, rest: str
+    ) -> None:
+        """What is chosen is encoded afterwards, once; what is held is in order and within budget.
+
+        Values of a token are all its number, which every codec here stores exactly.
+        """
+        others = parse(rest)
+        strategy = strategy.replace(codec=others.codec, placement=others.placement)
+        layer, known, encoded = one_layer(strategy), [set(), set()], 0
+        came = 0
+        for step, S in enumerate((3 * budget, *[1] * budget, 7, *[1] * budget)):
+            new = torch.arange(came, came + S, dtype=torch.float32)
+            values = new[None, None, :, None].expand(1, 2, -1, 4)
+            length, _ = layer.get_mask_sizes(S)
+            k, v = attended(layer, normal(1, 2, S, 8, seed=step), values)
+            assert k.shape[2] == length
+            assert same(dense(v)[:, :, -S:].contiguous(), values.contiguous())
+            came += S
+            held = layer.values[0, :, :, 0]  # [H, T]
+            assert (held.diff(dim=-1) > 0).all(), "out of order"
+            assert same(held, held.round()), "not a token that came"
+            if isinstance(retention, Scored):
+                block = strategy.codec.block
+                assert retention.budget - block < layer.held() < retention.budget + retention.every
+            blocks = layer.encoded()[2] or {}
+            for head, before in enumerate(known):
+                parts = [raw_bytes(x[0, head]).view(x.shape[2], -1) for x in blocks.values()]
+                now = {row.numpy().tobytes() for row in torch.cat(parts, -1)} if parts else set()
+                assert len(now - before) <= layer.stats.blocks_encoded - encoded, "encoded again"
+                before |= now
+            encoded = layer.stats.blocks_encoded
 
     def test_prompt_is_read_in_full(self, strategy: Strategy, budget: int) -> None:
         """Eviction comes after attention: the first forward of a long prompt is exact."""
@@ -116,7 +162,7 @@ class RetentionConformance:
             pytest.skip(f"{retention}: keeps everything")
         layer, sizes = one_layer(strategy), []
         for step in range(10 * budget):
-            layer.update(normal(1, 2, 1, 8, seed=step), normal(1, 2, 1, 8, seed=step))
+            attended(layer, normal(1, 2, 1, 8, seed=step), normal(1, 2, 1, 8, seed=step))
             sizes.append(walked_bytes(layer))
         half = len(sizes) // 2
         assert max(sizes[half:]) <= max(sizes[:half])
@@ -144,8 +190,8 @@ class RetentionConformance:
         for i in range(4 * budget):
             keys = normal(3, 2, 1, 8, seed=i)
             values = torch.full((3, 2, 1, 4), float(i))  # token i is the number i
-            together.update(keys, values)
-            alone.update(keys[:1], values[:1])
+            attended(together, keys, values)
+            attended(alone, keys[:1], values[:1])
             assert same(together.values[:1].contiguous(), alone.values)
             held = together.values[..., 0]  # [B, H, T]
             is_padding = held < padding[:, None, None]
@@ -161,13 +207,13 @@ class RetentionConformance:
         for removed in (1, 2, budget // 2, budget):
             layers = [one_layer(strategy) for _ in range(2)]
             for layer in layers:
-                layer.update(
-                    normal(1, 2, 2 * budget, 8, seed=0), normal(1, 2, 2 * budget, 8, seed=1)
+                attended(
+                    layer, normal(1, 2, 2 * budget, 8, seed=0), normal(1, 2, 2 * budget, 8, seed=1)
                 )
             if recording:
                 layers[0].activate_past_recording()
             extra = normal(1, 2, removed, 8, seed=2)
-            layers[0].update(extra, extra)
+            attended(layers[0], extra, extra)
             try:
                 layers[0].crop(-removed)
             except Evicted:
@@ -176,7 +222,7 @@ class RetentionConformance:
             one = normal(1, 2, 1, 8, seed=3)
             if isinstance(strategy.retention, Scored) and not recording:
                 continue  # it chose anew with the tokens that are gone
-            for a, b in zip(*(layer.update(one, one) for layer in layers), strict=True):
+            for a, b in zip(*(attended(layer, one, one) for layer in layers), strict=True):
                 assert torch.equal(dense(a), dense(b))
 
     def test_batch_operations_and_reset(self, strategy: Strategy, budget: int) -> None:
@@ -185,14 +231,14 @@ class RetentionConformance:
         keys, values = (normal(3, 2, 3 * budget, 8, seed=s) for s in (0, 1))
         late, early = one_layer(strategy), one_layer(strategy)
         for i in range(0, 3 * budget, 3):
-            late.update(keys[:, :, i : i + 3], values[:, :, i : i + 3])
-            early.update(keys[order][:, :, i : i + 3], values[order][:, :, i : i + 3])
+            attended(late, keys[:, :, i : i + 3], values[:, :, i : i + 3])
+            attended(early, keys[order][:, :, i : i + 3], values[order][:, :, i : i + 3])
         late.batch_select_indices(order)
         assert same(late.keys.contiguous(), early.keys.contiguous())
         assert same(late.values.contiguous(), early.values.contiguous())
         late.reset()
         assert late.get_seq_length() == late.held() == 0
         fresh = one_layer(strategy)
-        for a, b in zip(late.update(keys, values), fresh.update(keys, values), strict=True):
+        for a, b in zip(attended(late, keys, values), attended(fresh, keys, values), strict=True):
             assert torch.equal(dense(a), dense(b))
         assert same(late.values, fresh.values)

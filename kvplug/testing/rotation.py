@@ -1,4 +1,4 @@
-"""What a model does to a key for its position, against what pins of `sinks` do when they move."""
+"""What a model does to a key for its position, against what sinks of `sinks` do when they move."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ DISTANCE = 11  # positions
 
 
 def check_rotation(model: Any, spec: str, inputs: dict[str, Any] | None = None) -> None:
-    """Raise `Wrong` unless one token's keys at two positions are related as pins are moved.
+    """Raise `Wrong` unless one token's keys at two positions are related as sinks are moved.
 
     Alone in its text, a token is the same to every layer wherever it stands, but for its position.
     Models with learned positions are not so: there no key is turned, and none can be checked.
 
     Args:
         model: any that generates.
-        spec: a strategy that pins.
+        spec: a strategy that sinks.
         inputs: of the encoder, where there is one before the decoder.
 
     """
@@ -51,10 +51,10 @@ def check_rotation(model: Any, spec: str, inputs: dict[str, Any] | None = None) 
     for i, (layer, near, far) in enumerate(
         zip(ours.layers, *(c.layers for c in caches), strict=True)
     ):
-        pins = getattr(layer, "pins", None)
-        if not isinstance(layer, Layer) or pins is None or not near.is_initialized:
+        sinks = getattr(layer, "sinks", None)
+        if not isinstance(layer, Layer) or sinks is None or not near.is_initialized:
             continue
-        for side, rotation in zip(("keys", "values"), pins.turn, strict=True):
+        for side, rotation in zip(("keys", "values"), sinks.turn, strict=True):
             before, after = getattr(near, side), getattr(far, side)
             moved = before
             if rotation is not None:
@@ -64,7 +64,7 @@ def check_rotation(model: Any, spec: str, inputs: dict[str, Any] | None = None) 
             error = float((moved - after).abs().max() / after.abs().max())
             if error > 1e-3:
                 raise Wrong(
-                    f"pins of layer {i} are moved to other {side} than the model writes there: "
+                    f"sinks of layer {i} are moved to other {side} than the model writes there: "
                     f"{100 * error:.0f} % off"
                 )
 

@@ -18,7 +18,7 @@ from ..attention.view import View
 from ..layers.growing import Layer
 from ..layers.static import StaticLayer
 from ..layers.static_coded import StaticCodedLayer
-from .oracle import Oracle, encoded_columns
+from .oracle import Oracle
 from .tools import TOLERANCE
 
 if TYPE_CHECKING:
@@ -120,15 +120,15 @@ class Shadow:
             x, content, (wanted, error) = got[i], contents[i], sides[i]
             if x.shape[2] != length:
                 raise Wrong(f"announced {length} columns, gave {x.shape[2]} {name}")
-            if by is not None and (rotation := layer.pins.turn[i]):
+            if by is not None and (rotation := layer.sinks.turn[i]):
                 turned = rotation.shift(wanted, by)
                 wanted = torch.where(pinned[:, None, :, None], turned, wanted)
-            slack = torch.finfo(x.dtype).eps * pinned[:, None, :, None]  # pins are turned
+            slack = torch.finfo(x.dtype).eps * pinned[:, None, :, None]  # sinks are turned
             self._compare(name, content, wanted, error, slack)
         if isinstance(got[0], View):
-            self.contents[id(got[0]._stored)] = (got[0]._stored, *contents)
+            self.contents[id(got[0].stored)] = (got[0].stored, *contents)
         oracle.follow(layer)
-        begin, end, _ = encoded_columns(layer)
+        begin, end, _ = layer.encoded()
         self.encoded = max(self.encoded, end - begin)
         self.dropped = max(self.dropped, first)
         self.contents_checked += 1
@@ -142,11 +142,11 @@ class Shadow:
         return self.padding.repeat_interleave(B // len(self.padding))
 
     def _moved(self, oracle: Oracle, first: int) -> Tensor:
-        """By how many positions the pins of each row [B] stand later than they came."""
+        """By how many positions the sinks of each row [B] stand later than they came."""
         start = self.starts.get(oracle)
         if start is None or self.positions is None or len(self.positions) != len(start):
             return first - oracle.padding
-        # the newest column is oracle.seen - 1; pins stand as many columns before it
+        # the newest column is oracle.seen - 1; sinks stand as many columns before it
         return self.positions[:, -1] - (oracle.seen - 1 - first) - start
 
     def _compare(
@@ -195,7 +195,7 @@ class Shadow:
         )  # fmt: skip
         if not isinstance(key, View):
             return got
-        _, keys, values = self.contents[id(key._stored)]
+        _, keys, values = self.contents[id(key.stored)]
         T = keys.shape[2]
         # in float64: scores of several hundred, as T5's, cost float32 three digits
         sides = (keys, values if isinstance(value, View) else value[:, :, :T])
@@ -226,6 +226,6 @@ def as_stored(got: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
     """
     if not isinstance(got[0], View):
         return got[0].float(), got[1].float()
-    stored = got[0]._stored
+    stored = got[0].stored
     pieces = list(stored.pieces(max(stored.block_count, 1)))
     return tuple(torch.cat([x.float() for x in side], 2) for side in zip(*pieces, strict=True))

@@ -94,7 +94,18 @@ def normal(*shape: int, seed: int, dtype: torch.dtype = torch.float32) -> Tensor
 
 def dense(x: Tensor) -> Tensor:
     """What a view holds, as a plain tensor."""
-    return x._stored.dense()[x._side] if isinstance(x, View) else x  # neither counted nor logged
+    return x.stored.dense()[x._side] if isinstance(x, View) else x  # neither counted nor logged
+
+
+def attended(layer: Any, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    """What `update` of a layer returns, after attention with some query has read it."""
+    S = keys.shape[2]
+    k, v = layer.update(keys, values)
+    if isinstance(k, View):
+        mask = torch.ones(S, k.shape[2], dtype=torch.bool).tril(k.shape[2] - S)
+        query = keys.roll(1, -1)  # rows are independent
+        torch.nn.functional.scaled_dot_product_attention(query, k, v, attn_mask=mask)
+    return k, v
 
 
 def same(a: Tensor, b: Tensor) -> bool:

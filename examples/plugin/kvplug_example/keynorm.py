@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from kvplug import Scored, option
+from kvplug import Candidates, Scored, option
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -24,5 +24,5 @@ class KeyNorm(Scored):
     budget: int = option(1024, "tokens that stay after an eviction", ge=1)
     every: int = option(64, "new tokens between two evictions", ge=1)
 
-    def score(self, keys: Tensor, values: Tensor) -> Tensor:
-        return -keys.float().norm(dim=-1)  # [B, H, T]
+    def score(self, tokens: Candidates) -> Tensor:
+        return -tokens.keys.float().norm(dim=-1)  # [B, H, T]

@@ -4,7 +4,9 @@ import pytest
 import torch
 from kvplug_example.int8_token import Int8Token
 from kvplug_example.keynorm import KeyNorm
+from kvplug_example.lookback import LookBack
 
+from kvplug import Candidates
 from kvplug.testing import CodecConformance, RetentionConformance, StrategyConformance
 
 
@@ -26,16 +28,31 @@ class TestKeyNorm(RetentionConformance):
         return KeyNorm(budget=12, every=4)
 
 
+class TestLookBack(RetentionConformance):
+    """The same for a method that looks at queries."""
+
+    @pytest.fixture
+    def retention(self):
+        return LookBack(budget=12, every=4, queries=3)
+
+
 class TestCaches(StrategyConformance):
     """Caches that use them, through transformers' whole API."""
 
     # every=1: otherwise a batch is cut at other steps than its rows would be alone
-    @pytest.fixture(params=["int8_token(block=8)", "keynorm(budget=12, every=1)"])
+    @pytest.fixture(
+        params=[
+            "int8_token(block=8)",
+            "keynorm(budget=12, every=1)",
+            "lookback(budget=12, every=1)+int8(block=8)",
+        ]
+    )
     def spec(self, request):
         return request.param
 
 
 def test_the_shortest_keys_stay():
     keys = torch.tensor([3.0, 1, 9, 2, 5, 4])[None, None, :, None].expand(1, 1, 6, 8)
-    kept = KeyNorm(budget=3, every=1).keep(keys, keys, padding=torch.tensor([0]))
+    tokens = Candidates(keys, keys, torch.arange(6).expand(1, 1, 6), padding=torch.tensor([0]))
+    _, kept = KeyNorm(budget=3, every=1).keep(tokens)
     assert kept.tolist() == [[[0, 1, 3]]]

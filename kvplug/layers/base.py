@@ -1,0 +1,78 @@
+"""What all layers of ours have in common, and what each is built from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from .batch import RowOperations
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ..codecs.base import Encoded
+    from ..placement.base import Place
+    from ..spec import Strategy
+    from ..stats import Stats
+    from .rotation import Turn
+    from .sinks import SinkTokens
+
+
+@dataclass(frozen=True)
+class Slot:
+    """The place of one attention layer in a model, and what its cache layer is built from.
+
+    strategy: as it holds for this layer
+    place, stats: the cache's own, shared by its layers
+    sliding_window: that of the model's own attention here; None: full attention
+    turn: how the model turns what is stored here, where first tokens must be turned further
+    """
+
+    strategy: Strategy
+    place: Place
+    stats: Stats
+    sliding_window: int | None = None
+    turn: Turn | None = None
+
+
+class AttentionLayer(RowOperations):
+    """A layer of ours: what a cache and its tests ask beside transformers' own methods."""
+
+    is_croppable = True
+    cuts_blocks = False  # whether tokens are encoded at all
+    sinks: SinkTokens | None = None
+
+    strategy: Strategy
+
+    def held(self) -> int:
+        """Tokens that the next query can see, itself not counted."""
+        raise NotImplementedError
+
+    def encoded(self) -> tuple[int, int, Encoded | None]:
+        """The first column that lies in a block, the first after these, and the blocks."""
+        return 0, 0, None
+
+    def set_padding(self, padding: Tensor) -> None:
+        """Leading padding tokens of each row, [B] int, told before the first token."""
+
+    def prefetch(self) -> None:
+        """Start bringing blocks to the device, where the placement can do so without waiting."""
+
+
+def removed(tokens_to_remove: int, seen: int) -> int:
+    """How many of the tokens seen a `crop` removes: transformers says it with a minus sign.
+
+    It may be a tensor: transformers 5.17 passes one in assisted decoding.
+    """
+    tokens_to_remove = int(tokens_to_remove)
+    if tokens_to_remove > 0:
+        raise ValueError(f"crop takes minus the number of tokens to remove, got {tokens_to_remove}")
+    return min(-tokens_to_remove, seen)
+
+
+def overflow(limit: int, seen: int, S: int) -> str:
+    """The text of CacheOverflow."""
+    return (
+        f"static cache of max_cache_len={limit} holds {seen} tokens and cannot take {S} more; "
+        f"build it with max_cache_len >= {seen + S}"
+    )

@@ -1,0 +1,175 @@
+"""A layer whose tokens are chosen by content, per head, once attention has run."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ..attention.view import Watch
+from ..errors import Unseen
+from ..placement.device import OnDevice
+from ..retention.base import Candidates
+from .buffer import Buffer, lasting
+from .growing import Layer
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from torch import Tensor
+
+    from ..attention.stored import Stored
+    from .base import Slot
+
+
+class ScoredLayer(Layer):
+    """`Layer` for `Scored` retention: heads keep different tokens, each as many.
+
+    `update` returns views: they show a method the queries that it asks for, and fit transformers'
+    mask to each layer. A method that asks has its turn when attention has read them, and nothing is
+    dropped or encoded before; one that asks for none has it in `update`.
+
+    Padding goes first, so that transformers' mask for a suffix hides what is left of it. Blocks go
+    as wholes, and where rows are padded and blocks were cut, that is no longer so: then the layer
+    says itself which of its tokens are visible.
+    """
+
+    def __init__(self, slot: Slot) -> None:
+        self.retention = slot.strategy.retention
+        super().__init__(slot)
+
+    def _forget(self) -> None:
+        super()._forget()
+        self._since_eviction = 0  # tokens that retention has not judged yet
+        self._unseen = 0  # new tokens whose queries attention has not shown yet
+        self._scale: float | None = None
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """As `Layer` does; and room for positions and queries."""
+        super().lazy_initialization(key_states, value_states)
+        self.positions = Buffer(OnDevice(), self.device, 16)  # [B, H, T], of blocks and tail
+        self.queries = Buffer(OnDevice(), self.device, 16)  # [B, Q, n, Dk], and their log-sum-exp
+
+        self._padded = bool(self.padding.any())
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """As `Layer.update`; Unseen where attention has not shown the queries of the last call."""
+        self._check_seen()
+        return super().update(key_states, value_states, *args, **kwargs)
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """As `Layer.get_mask_sizes`, and Unseen as in `update`."""
+        self._check_seen()
+        return super().get_mask_sizes(query_length)
+
+    def _check_seen(self) -> None:
+        if self._unseen:
+            raise Unseen(
+                f"{self.retention} chooses by the queries of attention, and none came by for the "
+                f"newest {self._unseen} tokens: it needs attn_implementation='sdpa', whose query "
+                "a cache can see"
+            )
+
+    def _after_update(self, S: int) -> None:
+        B, H = self.tail.tensors["k"].shape[:2]
+        new = torch.arange(self.seen - S, self.seen, dtype=torch.int32, device=self.device)
+        self.positions.append({"p": new.expand(B, H, S)})
+        self._since_eviction += S
+        if self.retention.queries:
+            self._unseen = S
+        else:
+            super()._after_update(S)
+
+    def _watch(self, S: int) -> Watch | None:
+        """Who wants to see the queries of S new tokens."""
+        if not self.retention.queries:
+            return None
+        # of a call that may be rolled back, all: the newest that stay are not known yet
+        n = S if self.record_past else self.retention.queries
+        return Watch(self._attended, S, n, self.retention.log_sum_exp)
+
+    def _attended(self, queries: Tensor, log_sum_exp: Tensor | None, scale: float) -> None:
+        """Take the newest queries [B, Q, n, Dk] of a call; then, or after `crop`, choose."""
+        if not self._unseen:  # another layer of the model reads the same tokens
+            return
+        self._unseen, self._scale = 0, scale
+        rows = {"q": queries}
+        if log_sum_exp is not None:
+            rows["lse"] = log_sum_exp
+        with lasting():
+            self.queries.append(rows)
+        if not self.record_past:
+            self._settle()
+
+    # --- columns
+
+    def _first_visible(self, n: int = 0) -> int:
+        return self._first_stored() if self.is_initialized else 0
+
+    def _kernel_reads(self, S: int, stored: Stored) -> bool:
+        return not torch.compiler.is_compiling()  # a view shows the query, and fits its own mask
+
+    def _visible_columns(self) -> Tensor | None:
+        """Which tokens held are no padding, [B, H, T]; None where the mask says it."""
+        if not self._padded or not len(self.blocks):
+            return None
+        return self.positions.read()["p"] >= self.padding[:, None, None]
+
+    # --- choosing
+
+    def _settle(self) -> None:
+        super()._settle()
+        self.queries.drop_first(max(0, len(self.queries) - self.retention.queries))
+
+    def _evict(self) -> None:
+        block, blocks = self.strategy.codec.block, len(self.blocks)
+        if blocks * block + len(self.tail) < self.retention.budget + self.retention.every:
+            return
+        keys, values = (self._read(self._first_stored(), self.seen, side) for side in (0, 1))
+        seen = self.queries.read() if len(self.queries) else {}
+        positions = self.positions.read()["p"]
+        tokens = Candidates(
+            keys, values, positions, self.padding, seen.get("q"), seen.get("lse"), self._scale
+        )
+        kept_blocks, kept = self.retention.keep(tokens, blocks, block)
+        if kept_blocks.shape[-1] < blocks:
+            self.blocks.map(lambda x: _pick(x, kept_blocks))
+        self.tail.map(lambda x: _pick(x, kept))
+        offsets = torch.arange(block, device=kept.device)
+        of_blocks = (kept_blocks[..., None] * block + offsets).flatten(2)
+        columns = torch.cat((of_blocks, kept + blocks * block), dim=-1)
+        self.positions.map(lambda x: _pick(x, columns))
+        self._since_eviction = 0
+
+    # --- taking back, and changes of the batch
+
+    def _lost(self, n: int) -> bool:
+        return self._first_stored() > 0 and n > self._since_eviction
+
+    def _drop_last(self, n: int) -> None:
+        super()._drop_last(n)
+        self.positions.drop_last(n)
+        self.queries.drop_last(min(n, len(self.queries)))
+        self._since_eviction -= n
+        self._unseen = max(0, self._unseen - n)
+
+    def reset(self) -> None:
+        """Forget all tokens and give their memory back."""
+        if self.is_initialized:
+            self.positions.clear()
+            self.queries.clear()
+        super().reset()
+
+    def _map(self, change: Callable[[Tensor], Tensor]) -> None:
+        super()._map(change)
+        if self.is_initialized:
+            self.positions.map(change)
+            self.queries.map(change)
+
+
+def _pick(x: Tensor, rows: Tensor) -> Tensor:
+    """Rows [B, H, n] of x [B, H, N, ...]."""
+    rows = rows.to(x.device).view(*rows.shape, *[1] * (x.dim() - 3))
+    return x.gather(2, rows.expand(-1, -1, -1, *x.shape[3:]))
