@@ -38,9 +38,10 @@ class BrokenCodec(Int2):
     tail: int = 0
     block: int = 16
 
-    def encode(self, keys: Tensor, values: Tensor) -> dict[str, Tensor]:
-        data = super().encode(keys, values)
-        return data | {"k_zero": data["k_zero"].flip(3), "v_zero": data["v_zero"].flip(4)}
+    def encode_side(self, x: Tensor, side: int) -> dict[str, Tensor]:
+        data = super().encode_side(x, side)
+        zero = "kv"[side] + "_zero"
+        return data | {zero: data[zero].flip(3 + side)}
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,8 @@ from torch import Tensor
 import kvplug
 from kvplug.compat import cache_argument
 
+SCALES = "k_scale", "v_scale"
+
 
 @dataclass(frozen=True)
 class E4M3(kvplug.Codec):
@@ -27,23 +29,17 @@ class E4M3(kvplug.Codec):
     block: int = kvplug.option(64, "tokens per block", ge=1)
     tail: int = kvplug.option(0, "newest tokens kept in full precision", ge=0)
 
-    def encode(self, keys: Tensor, values: Tensor) -> dict[str, Tensor]:
-        return {**_encode("k", keys), **_encode("v", values)}
+    def encode_side(self, x: Tensor, side: int) -> dict[str, Tensor]:
+        """Keys (side 0) or values (1) [B, H, N, block, D] -> codes as bytes, and their scales."""
+        scale = x.float().abs().amax(-1, keepdim=True).clamp_min(1e-30) / 448  # the largest e4m3
+        codes = (x.float() / scale).to(torch.float8_e4m3fn)
+        return {"kv"[side]: codes.view(torch.uint8), SCALES[side]: scale}
 
-    def decode(self, data: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        k, v = (data[x].view(torch.float8_e4m3fn).float() * data[x + "_scale"] for x in "kv")
-        return k, v
+    def decode_side(self, data: dict[str, Tensor], side: int) -> Tensor:
+        return data["kv"[side]].view(torch.float8_e4m3fn).float() * data[SCALES[side]]
 
-    def max_error(self, data: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        k, v = (448 * data[x + "_scale"] / 2**4 for x in "kv")  # half of 2**-3 of the largest
-        return k, v
-
-
-def _encode(side: str, x: Tensor) -> dict[str, Tensor]:
-    """X [B, H, N, block, D] -> codes of that shape as bytes, which every batch operation takes."""
-    scale = x.float().abs().amax(-1, keepdim=True).clamp_min(1e-30) / 448  # 448: the largest e4m3
-    codes = (x.float() / scale).to(torch.float8_e4m3fn)
-    return {side: codes.view(torch.uint8), f"{side}_scale": scale}
+    def max_error(self, data: dict[str, Tensor], side: int) -> Tensor:
+        return 448 * data[SCALES[side]] / 2**4  # half of 2**-3 of the largest
 
 
 @torch.no_grad()

@@ -34,54 +34,81 @@ class Good(Int8):
 class Coarse(Good):
     """Writes 4 bits and claims the error of 8."""
 
-    def encode(self, keys, values):
-        data = super().encode(keys, values)
-        return data | {"k_codes": data["k_codes"] & 0xF0}
+    def encode_side(self, x, side):
+        data = super().encode_side(x, side)
+        return {n: y & 0xF0 if n == "k_codes" else y for n, y in data.items()}
 
 
 class Boundless(Good):
     """Claims nothing, so that nothing can be wrong."""
 
-    def max_error(self, data):
-        return tuple(torch.full_like(x, 1e9) for x in self.decode(data))
+    def max_error(self, data, side):
+        return torch.full_like(self.decode_side(data, side), 1e9)
 
 
 class Silent(Good):
     """Turns NaN into zero."""
 
-    def encode(self, keys, values):
-        return super().encode(keys.nan_to_num(0, 0, 0), values.nan_to_num(0, 0, 0))
+    def encode_side(self, x, side):
+        return super().encode_side(x.nan_to_num(0, 0, 0), side)
 
 
 class Leaky(Good):
     """One scale over all blocks."""
 
-    def encode(self, keys, values):
-        data = super().encode(keys, values)
-        for name in ("k_scale", "v_scale"):
-            x = data[name]
-            data[name] = x.amax(2, keepdim=True).expand_as(x).clone() if x.shape[2] else x
+    def encode_side(self, x, side):
+        data = super().encode_side(x, side)
+        scale = data["kv"[side] + "_scale"]
+        if scale.shape[2]:
+            scale.copy_(scale.amax(2, keepdim=True))
         return data
 
 
 class Writer(Good):
     """Changes what it is given."""
 
-    def encode(self, keys, values):
-        keys.mul_(1.5)
-        return super().encode(keys, values)
+    def encode_side(self, x, side):
+        x.mul_(1.5)
+        return super().encode_side(x, side)
 
 
 class PerToken(Good):
     """Quantizes keys per token: one large channel swamps all others."""
 
-    def encode(self, keys, values):
-        scale = keys.float().abs().amax(-1, keepdim=True).clamp_min(1e-8) / 127
-        return super().encode((keys / scale).round() * scale, values)
+    def encode_side(self, x, side):
+        if side == 0:
+            scale = x.float().abs().amax(-1, keepdim=True).clamp_min(1e-8) / 127
+            x = (x / scale).round() * scale
+        return super().encode_side(x, side)
 
 
 class Boastful(Good):
     decodes_in_place = True
+
+
+class OneName(Good):
+    """Stores a scale of keys and one of values under one name: the later overwrites the other."""
+
+    def encode_side(self, x, side):
+        data = super().encode_side(x, side)
+        return data | {"scale": data.pop("kv"[side] + "_scale")}
+
+    def decode_side(self, data, side):
+        return super().decode_side(data | {"kv"[side] + "_scale": data["scale"]}, side)
+
+
+@dataclass(frozen=True)
+class Peeking(Good):
+    """Gives values the step of the keys that came last."""
+
+    steps: ClassVar[list] = []
+
+    def encode_side(self, x, side):
+        data = super().encode_side(x, side)
+        if side == 0:
+            self.steps.append(float(data["k_scale"].float().mean()))
+            return data
+        return data | {"v_scale": data["v_scale"] * self.steps[-1]}
 
 
 suite = CodecConformance()
@@ -103,6 +130,8 @@ suite = CodecConformance()
         (Writer(), suite.test_input_is_neither_changed_nor_kept),
         (PerToken(), suite.test_large_key_bias),
         (Boastful(), suite.test_decodes_in_place_tells_the_truth),
+        (OneName(), suite.test_a_side_knows_nothing_of_the_other),
+        (Peeking(), suite.test_a_side_knows_nothing_of_the_other),
     ],
 )
 def test_a_broken_codec_is_found_out(codec, check):

@@ -235,8 +235,8 @@ def test_refuses():
     class Other(kvplug.codecs.affine.Int8):
         name = "other"
 
-        def decode(self, data):
-            return super().decode(data)
+        def decode_side(self, data, side):
+            return super().decode_side(data, side)
 
     cpu, gpu = torch.device("cpu"), torch.device("cuda")
     for spec in ("int8", "int4", "int2", "exact"):

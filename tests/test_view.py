@@ -341,9 +341,6 @@ def test_one_side_is_decoded_where_one_is_read(stored, stats):
     sides = []
 
     class Watched(type(stored.codec)):
-        def decode(self, data):
-            return super().decode(data)
-
         def decode_side(self, data, side):
             sides.append(side)
             return super().decode_side(data, side)
@@ -354,20 +351,6 @@ def test_one_side_is_decoded_where_one_is_read(stored, stats):
         assert torch.equal(pair[side].clone(), expected)
         assert set(sides) == {side}
         sides.clear()
-
-
-def test_a_codec_with_a_decode_of_its_own_keeps_it():
-    """Not the parent's way to decode one side."""
-
-    class Shifted(type(kvplug.parse("int8").codec)):
-        def decode(self, data):
-            keys, values = super().decode(data)
-            return keys + 1, values + 1
-
-    stored = random_stored(Shifted(block=8), N=2, R=0)
-    plain = random_stored(kvplug.parse("int8(block=8)").codec, N=2, R=0)
-    for x, y in zip(stored.dense(), plain.dense(), strict=True):
-        assert torch.equal(x, y + 1)
 
 
 @pytest.mark.parametrize(

@@ -46,23 +46,14 @@ class Affine(Codec):
     k_bits: int = _bits(8)
     v_bits: int = _bits(8)
 
-    def encode(self, keys: Tensor, values: Tensor) -> Encoded:
-        k_codes, k_scale, k_zero = _quantize(keys.float().transpose(-1, -2), self.k_bits)
-        grouped = values.float().unflatten(-1, (-1, self._value_group(values.shape[-1])))
-        v_codes, v_scale, v_zero = _quantize(grouped, self.v_bits)
-        packed = _pack(v_codes.flatten(-2).transpose(-1, -2), self.v_bits).transpose(-1, -2)
-        return {
-            "k_codes": _pack(k_codes, self.k_bits),
-            "k_scale": k_scale,
-            "k_zero": k_zero,
-            "v_codes": packed.contiguous(),
-            "v_scale": v_scale,
-            "v_zero": v_zero,
-        }
-
-    def decode(self, data: Encoded) -> tuple[Tensor, Tensor]:
-        # of this class: a subclass may build its own `decode` on this one
-        return Affine.decode_side(self, data, 0), Affine.decode_side(self, data, 1)
+    def encode_side(self, x: Tensor, side: int) -> Encoded:
+        if side == 0:
+            codes, scale, zero = _quantize(x.float().transpose(-1, -2), self.k_bits)
+            return {"k_codes": _pack(codes, self.k_bits), "k_scale": scale, "k_zero": zero}
+        grouped = x.float().unflatten(-1, (-1, self._value_group(x.shape[-1])))
+        codes, scale, zero = _quantize(grouped, self.v_bits)
+        packed = _pack(codes.flatten(-2).transpose(-1, -2), self.v_bits).transpose(-1, -2)
+        return {"v_codes": packed.contiguous(), "v_scale": scale, "v_zero": zero}
 
     def decode_side(self, data: Encoded, side: int) -> Tensor:
         if side == 0:
@@ -74,12 +65,12 @@ class Affine(Codec):
         values = grouped * data["v_scale"].float()[..., None] + data["v_zero"].float()[..., None]
         return values.flatten(-2)
 
-    def max_error(self, data: Encoded) -> tuple[Tensor, Tensor]:
-        k = _half_step(data["k_scale"], data["k_zero"], self.k_bits)[
-            ..., None, :
-        ]  # [B, H, N, 1, Dk]
+    def max_error(self, data: Encoded, side: int) -> Tensor:
+        if side == 0:
+            k = _half_step(data["k_scale"], data["k_zero"], self.k_bits)
+            return k[..., None, :]  # [B, H, N, 1, Dk]
         v = _half_step(data["v_scale"], data["v_zero"], self.v_bits)  # [B, H, N, block, Dv/g]
-        return k, v.repeat_interleave(data["v_codes"].shape[-1] // v.shape[-1], dim=-1)
+        return v.repeat_interleave(data["v_codes"].shape[-1] // v.shape[-1], dim=-1)
 
     def _value_group(self, head_dim: int) -> int:
         """The largest divisor of head_dim that is at most `group`: 80 or 112 need no padding."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, final
 
 from ..stage import Stage
 
@@ -22,9 +22,10 @@ class Codec(Stage):
     not fill a block yet, stay in full precision: at most `tail + block - 1` of them after each
     call.
 
-    `encode` and `decode` are pure functions of their arguments, in plain torch (they are compiled
-    with the model under `static`), must take any number of blocks, 0 included, and each block must
-    encode as it would alone.
+    A codec writes the three methods that take a `side`: 0 for keys, 1 for values. `encode_side` and
+    `decode_side` are pure functions of their arguments, in plain torch (they are compiled with the
+    model under `static`), must take any number of blocks, 0 included, and each block must encode as
+    it would alone.
     """
 
     kind: ClassVar[str] = "codec"
@@ -35,29 +36,30 @@ class Codec(Stage):
     block: int
     tail: int
 
-    def encode(self, keys: Tensor, values: Tensor) -> Encoded:
-        """Encode keys [B, H, N, block, Dk] and values [B, H, N, block, Dv] of any float dtype.
+    def encode_side(self, x: Tensor, side: int) -> Encoded:
+        """Encode keys or values [B, H, N, block, D] of any float dtype.
 
-        Returns named tensors [B, H, N, ...].
-        """
-        raise NotImplementedError
-
-    def decode(self, data: Encoded) -> tuple[Tensor, Tensor]:
-        """Decode named tensors [B, H, N, ...].
-
-        Returns keys [B, H, N, block, Dk] and values [B, H, N, block, Dv], float32 or as they came.
+        Returns tensors [B, H, N, ...], under names that the other side does not use.
         """
         raise NotImplementedError
 
     def decode_side(self, data: Encoded, side: int) -> Tensor:
-        """Keys (0) or values (1) as `decode` gives them; write it where one side costs less."""
-        return self.decode(data)[side]
+        """Decode keys or values [B, H, N, block, D]: float32, or as they came.
 
-    def __init_subclass__(cls) -> None:
-        super().__init_subclass__()
-        if "decode" in vars(cls) and "decode_side" not in vars(cls):
-            cls.decode_side = Codec.decode_side  # not that of a parent, which has other bytes
-
-    def max_error(self, data: Encoded) -> tuple[Tensor, Tensor]:
-        """The codec's own bound on |decoded - original|, broadcastable to keys and to values."""
+        data: tensors [B, H, N, ...] of that side; those of the other may lie beside them.
+        """
         raise NotImplementedError
+
+    def max_error(self, data: Encoded, side: int) -> Tensor:
+        """The codec's own bound on |decoded - original|, broadcastable to [B, H, N, block, D]."""
+        raise NotImplementedError
+
+    @final
+    def encode(self, keys: Tensor, values: Tensor) -> Encoded:
+        """Both sides: keys [B, H, N, block, Dk] and values [B, H, N, block, Dv]."""
+        return self.encode_side(keys, 0) | self.encode_side(values, 1)
+
+    @final
+    def decode(self, data: Encoded) -> tuple[Tensor, Tensor]:
+        """Both sides: keys [B, H, N, block, Dk] and values [B, H, N, block, Dv]."""
+        return self.decode_side(data, 0), self.decode_side(data, 1)

@@ -26,14 +26,11 @@ class Exact(Codec):
     block: int = option(64, "tokens moved at once", ge=1)
     tail: int = option(0, "newest tokens kept on the device", ge=0)
 
-    def encode(self, keys: Tensor, values: Tensor) -> Encoded:
-        return {"k": keys, "v": values}
-
-    def decode(self, data: Encoded) -> tuple[Tensor, Tensor]:
-        return data["k"], data["v"]
+    def encode_side(self, x: Tensor, side: int) -> Encoded:
+        return {"kv"[side]: x}
 
     def decode_side(self, data: Encoded, side: int) -> Tensor:
         return data["kv"[side]]
 
-    def max_error(self, data: Encoded) -> tuple[Tensor, Tensor]:
-        return data["k"].new_zeros(()), data["v"].new_zeros(())
+    def max_error(self, data: Encoded, side: int) -> Tensor:
+        return data["kv"[side]].new_zeros(())

@@ -85,8 +85,8 @@ class Numba(Kernel):
         device: torch.device | None = None,
         dtype: torch.dtype | None = None,
     ) -> str | None:
-        # by `decode`: a subclass that has its own has other bytes
-        if type(codec).decode not in (Affine.decode, Exact.decode):
+        # by `decode_side`: a subclass that has its own has other bytes
+        if type(codec).decode_side not in (Affine.decode_side, Exact.decode_side):
             return f"reads exact, int8, int4 and int2, not {codec.name!r}"
         if device is not None and device.type not in ("cpu", "meta"):
             return f"runs on the CPU, not on {device.type!r}"

@@ -99,8 +99,8 @@ class Triton(Kernel):
         device: torch.device | None = None,
         dtype: torch.dtype | None = None,
     ) -> str | None:
-        # known by `decode`: a subclass that has its own has other bytes
-        if type(codec).decode not in (Affine.decode, Exact.decode):
+        # known by `decode_side`: a subclass that has its own has other bytes
+        if type(codec).decode_side not in (Affine.decode_side, Exact.decode_side):
             return f"reads int8, int4, int2 and exact, not {codec.name!r}"
         if device is not None and device.type not in DEVICES:
             return f"needs a CUDA device, not {device.type!r} (TRITON_INTERPRET=1 interprets it)"

@@ -91,10 +91,15 @@ def random_blocks(
     return keys.to(dtype), values.to(dtype)
 
 
+def bounds(codec: Codec, data: Encoded) -> tuple[Tensor, Tensor]:
+    """The codec's own bounds for keys and for values."""
+    return codec.max_error(data, 0), codec.max_error(data, 1)
+
+
 def _assert_within_bound(codec: Codec, keys: Tensor, values: Tensor, data: Encoded) -> None:
     """Everything is within the codec's own bound, and the bound itself is a number."""
     for side, x, y, bound in zip(
-        ("keys", "values"), (keys, values), codec.decode(data), codec.max_error(data), strict=True
+        ("keys", "values"), (keys, values), codec.decode(data), bounds(codec, data), strict=True
     ):
         assert y.shape == x.shape, f"{side}: decoded {tuple(y.shape)} from {tuple(x.shape)}"
         bound = bound.double().expand(x.shape)
@@ -146,9 +151,8 @@ class CodecConformance:
     def test_bound_says_something(self, codec: Codec) -> None:
         """A bound as wide as the data would make every other check empty."""
         keys, values = random_blocks(codec)
-        for x, bound in zip(
-            (keys, values), codec.max_error(codec.encode(keys, values)), strict=True
-        ):
+        data = codec.encode(keys, values)
+        for x, bound in zip((keys, values), bounds(codec, data), strict=True):
             widths = x.amax((-1, -2), keepdim=True) - x.amin((-1, -2), keepdim=True)
             assert (bound <= widths / 2).all()
             if codec.lossless:
@@ -187,7 +191,7 @@ class CodecConformance:
         factor = torch.tensor([1.0, 100.0, 0.01])[:, None, None]
         data = codec.encode(keys * factor, values * factor)
         _assert_within_bound(codec, keys * factor, values * factor, data)
-        for x, bound in zip((keys, values), codec.max_error(data), strict=True):
+        for x, bound in zip((keys, values), bounds(codec, data), strict=True):
             bound = bound.expand(x.shape).amax((0, 1, 3, 4))
             assert bound[1] <= 200 * bound[0] + 1e-6
             assert bound[2] <= bound[0] + 1e-6
@@ -238,7 +242,7 @@ class CodecConformance:
         keys[where] = values[where] = sign * size
         data = codec.encode(keys, values)
         for x, y, bound in zip(
-            (keys, values), codec.decode(data), codec.max_error(data), strict=True
+            (keys, values), codec.decode(data), bounds(codec, data), strict=True
         ):
             error, bound = (y - x).abs(), bound.expand(x.shape)
             assert ((error <= bound * (1 + 1e-6)) | ~y.isfinite()).all()
@@ -262,6 +266,22 @@ class CodecConformance:
             assert same(strided[name], x)
             assert same(again[name], x)
 
+    def test_a_side_knows_nothing_of_the_other(self, codec: Codec) -> None:
+        """Keys encode as they would beside any values, and names do not meet."""
+        blocks, others = random_blocks(codec, Dk=32, Dv=48), random_blocks(codec, Dk=32, seed=7)
+        together = codec.encode(*blocks)
+        alone: set[str] = set()
+        for side in (0, 1):
+            codec.encode_side(others[1 - side] * 100, 1 - side)  # nor does one before leave a trace
+            data = codec.encode_side(blocks[side], side)
+            assert not alone & set(data), f"names of both sides: {sorted(alone & set(data))}"
+            alone |= set(data)
+            for name, x in data.items():
+                assert same(x, together[name]), f"{name!r} depends on the other side"
+            decoded = codec.decode_side(data, side).contiguous()
+            assert same(decoded, codec.decode(together)[side].contiguous())
+        assert alone == set(together)
+
     def test_axes(self, codec: Codec) -> None:
         """Every tensor is [B, H, N, ...], so that blocks can be sliced; a slice decodes alone."""
         keys, values = random_blocks(codec, B=2, H=3, N=4, Dk=48, Dv=32)
@@ -269,8 +289,6 @@ class CodecConformance:
         for name, x in data.items():
             assert x.shape[:3] == (2, 3, 4), f"{name!r} is {tuple(x.shape)}"
         whole = codec.decode(data)
-        for side, x in enumerate(whole):
-            assert same(codec.decode_side(data, side).contiguous(), x.contiguous())
         part = codec.decode({name: x[:, :, 1:3] for name, x in data.items()})
         for x, y in zip(whole, part, strict=True):
             assert same(x[:, :, 1:3].contiguous(), y.contiguous())

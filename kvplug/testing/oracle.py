@@ -59,8 +59,9 @@ class Oracle:
         if data is not None and end > self.encoded[1]:
             codec = layer.strategy.codec
             n = (end - max(begin, self.encoded[1])) // codec.block
-            bounds = codec.max_error({name: x[:, :, -n:] for name, x in data.items()})
-            for error, bound in zip((self.keys_error, self.values_error), bounds, strict=True):
+            new = {name: x[:, :, -n:] for name, x in data.items()}
+            for side, error in enumerate((self.keys_error, self.values_error)):
+                bound = codec.max_error(new, side)
                 shape = (*error.shape[:2], n, codec.block, error.shape[-1])
                 error[:, :, end - n * codec.block : end] += bound.expand(shape).flatten(2, 3)
         self.encoded = (begin, end)

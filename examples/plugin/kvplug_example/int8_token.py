@@ -12,6 +12,8 @@ from kvplug import Codec, option
 if TYPE_CHECKING:
     from torch import Tensor
 
+SCALES = "k_scale", "v_scale"
+
 
 @dataclass(frozen=True)
 class Int8Token(Codec):
@@ -27,21 +29,14 @@ class Int8Token(Codec):
     block: int = option(64, "tokens per block", ge=1)
     tail: int = option(0, "newest tokens kept in full precision", ge=0)
 
-    def encode(self, keys: Tensor, values: Tensor) -> dict[str, Tensor]:
-        k, k_scale = _quantize(keys)
-        v, v_scale = _quantize(values)
-        return {"k": k, "k_scale": k_scale, "v": v, "v_scale": v_scale}
+    def encode_side(self, x: Tensor, side: int) -> dict[str, Tensor]:
+        x = x.float()  # in bfloat16 x / scale reaches 127.5: rounds to 128, wraps to -128
+        scale = x.abs().amax(-1, keepdim=True).clamp_min(1e-30) / 127  # zeros divide well
+        return {"kv"[side]: (x / scale).round().to(torch.int8), SCALES[side]: scale}
 
-    def decode(self, data: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        return data["k"] * data["k_scale"], data["v"] * data["v_scale"]
+    def decode_side(self, data: dict[str, Tensor], side: int) -> Tensor:
+        return data["kv"[side]] * data[SCALES[side]]
 
-    def max_error(self, data: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        half = 0.5 + 2.0**-15  # of a step, and what float32 loses at 127 steps from zero
-        return data["k_scale"] * half, data["v_scale"] * half
-
-
-def _quantize(x: Tensor) -> tuple[Tensor, Tensor]:
-    """X [..., D] -> codes [..., D] int8 and scale [..., 1] float32."""
-    x = x.float()  # in bfloat16 x / scale reaches 127.5: rounds to 128, wraps to -128
-    scale = x.abs().amax(-1, keepdim=True).clamp_min(1e-30) / 127  # a token of zeros divides well
-    return (x / scale).round().to(torch.int8), scale
+    def max_error(self, data: dict[str, Tensor], side: int) -> Tensor:
+        # half a step, and what float32 loses at 127 steps from zero
+        return data[SCALES[side]] * (0.5 + 2.0**-15)
