@@ -112,6 +112,7 @@ REGISTRIES: dict[str, Registry] = {
         "kvplug.codecs",
         {
             "exact": "kvplug.codecs.exact:Exact",
+            "int": "kvplug.codecs.affine:Affine",
             "int8": "kvplug.codecs.affine:Int8",
             "int4": "kvplug.codecs.affine:Int4",
             "int2": "kvplug.codecs.affine:Int2",

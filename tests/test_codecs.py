@@ -12,8 +12,10 @@ SPECS = [
     "int8(block=8)",
     "int4(block=8)",
     "int2(block=8)",
-    "int4(block=16, group=16, k_bits=4, v_bits=2)",
-    "int8(block=8, k_bits=4)",
+    "int(block=16, group=16, k_bits=4, v_bits=2)",
+    "int(block=8, k_bits=4, v_bits=8)",
+    "int(block=8, k_bits=3, v_bits=5)",
+    "int(block=8, k_bits=6, v_bits=3)",
     "int4",
 ]
 
@@ -24,9 +26,9 @@ class TestCodecs(CodecConformance):
         return kvplug.parse(request.param).codec
 
 
-@pytest.mark.parametrize("name", ["exact", "int8", "int4", "int2"])
-def test_golden_bytes(name, golden):
-    check_golden(kvplug.parse(name).codec, **golden)
+@pytest.mark.parametrize("spec", ["exact", "int8", "int4", "int2", "int(k_bits=3, v_bits=6)"])
+def test_golden_bytes(spec, golden):
+    check_golden(kvplug.parse(spec).codec, **golden)
 
 
 def test_every_codec_of_kvplug_has_golden_bytes(golden):
@@ -46,14 +48,18 @@ def test_absent_golden_bytes_are_a_failure(tmp_path):
         check_golden(codec, tmp_path)
 
 
-@pytest.mark.parametrize(("name", "bits"), [("int8", 8), ("int4", 4), ("int2", 2)])
-def test_bits_per_element(name, bits):
-    codec = kvplug.parse(name).codec
+@pytest.mark.parametrize(
+    ("spec", "bits"),
+    [("int8", (8, 8)), ("int4", (4, 4)), ("int2", (2, 2))]
+    + [(f"int(k_bits={k}, v_bits={v})", (k, v)) for k, v in ((3, 5), (5, 6), (6, 3), (8, 3))],
+)
+def test_bits_per_element(spec, bits):
+    codec = kvplug.parse(spec).codec
     x = torch.randn(1, 2, 3, codec.block, 64)
     data = codec.encode(x, x)
     held = sum(t.numel() * t.element_size() for t in data.values())
     # a float16 scale and zero per 64 tokens of a key channel and per 32 channels of a value
-    assert held == 2 * x.numel() * bits // 8 + x.numel() * 4 // 64 + x.numel() * 4 // 32
+    assert held == x.numel() * sum(bits) // 8 + x.numel() * 4 // 64 + x.numel() * 4 // 32
 
 
 @pytest.mark.parametrize(("head_dim", "group"), [(80, 20), (112, 28), (96, 32), (33, 11), (16, 16)])
@@ -71,25 +77,51 @@ def test_packing_is_as_documented():
     assert data["k_codes"].flatten().tolist() == [0 | 4 << 4, 1 | 5 << 4, 2 | 6 << 4, 3 | 15 << 4]
 
 
+@pytest.mark.parametrize(
+    ("bits", "codes", "packed"),
+    [
+        # the lowest 2 bits of every second token in a byte, then the highest of all eight in one
+        (3, [1, 2, 3, 4, 5, 6, 7, 0], [0b11_01_11_01, 0b00_10_00_10, 0b0111_1000]),
+        # the lowest 4 bits of two tokens in a byte, then the highest of all eight in one
+        (5, [1, 2, 3, 20, 5, 6, 31, 0], [0x51, 0x62, 0xF3, 0x04, 0b0100_1000]),
+        # ... then the highest 2 of every second token
+        (6, [1, 2, 3, 20, 5, 38, 63, 0], [0x51, 0x62, 0xF3, 0x04, 0b11_00_00_00, 0b00_10_01_00]),
+    ],
+)
+def test_planes_are_as_documented(bits, codes, packed):
+    """Codes that are the numbers themselves: one channel from 0 to 2**bits - 1 in steps of 1."""
+    codec = kvplug.parse(f"int(block=8, k_bits={bits})").codec
+    top = 2**bits - 1
+    rows = torch.tensor([[*map(float, codes)]])
+    assert {0, top} <= set(codes)
+    data = codec.encode_side(rows.view(1, 1, 1, 8, 1), 0)
+    assert data["k_codes"].flatten().tolist() == packed
+    assert codec.decode_side(data, 0).flatten().tolist() == codes
+
+
 def test_more_bits_less_error():
     x = torch.randn(1, 2, 4, 64, 64, generator=torch.Generator().manual_seed(0))
     errors = []
-    for name in ("int2", "int4", "int8"):
-        codec = kvplug.parse(name).codec
+    for bits in (2, 3, 4, 5, 6, 8):
+        codec = kvplug.parse(f"int(k_bits={bits}, v_bits={bits})").codec
         keys, values = codec.decode(codec.encode(x, x))
-        errors.append(float((keys - x).square().mean() + (values - x).square().mean()))
-    # each doubling of the bits divides the step by 5 and by 17
-    assert errors[0] > 20 * errors[1] > 20 * 200 * errors[2]
+        errors.append([float((y - x).square().mean()) for y in (keys, values)])
+    # the step is the range of a group by 3, 7, 15, 31, 63, 255
+    steps = [3, 7, 15, 31, 63, 255]
+    for side in (0, 1):
+        for i in range(5):
+            expected = (steps[i + 1] / steps[i]) ** 2
+            assert errors[i][side] > 0.9 * expected * errors[i + 1][side]
 
 
 def test_keys_and_values_have_their_own_bits():
-    codec = kvplug.parse("int4(k_bits=8, v_bits=2)").codec
+    codec = kvplug.parse("int(k_bits=8, v_bits=2)").codec
     x = torch.randn(1, 1, 1, 64, 64, generator=torch.Generator().manual_seed(0))
     keys, values = codec.decode(codec.encode(x, x))
     assert (keys - x).abs().max() < 0.03 < 0.3 < (values - x).abs().max()
 
 
-@pytest.mark.parametrize("spec", ["int8", "int4", "int2"])
+@pytest.mark.parametrize("spec", ["int8", "int4", "int2", "int(k_bits=3, v_bits=6)"])
 def test_a_compiler_stores_the_same_bytes(spec):
     """It leaves out the cast to float16 and back: the codes must fit the scale that is stored."""
     codec = kvplug.parse(spec).codec
@@ -97,6 +129,37 @@ def test_a_compiler_stores_the_same_bytes(spec):
     compiled, eager = torch.compile(codec.encode)(x, x), codec.encode(x, x)
     for name, data in eager.items():
         assert torch.equal(compiled[name], data), name
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        "int8(block=64, tail=0, group=32, k_bits=8, v_bits=8)",
+        "int4(block=64, tail=64, group=32, k_bits=4, v_bits=4)",
+        "int2(block=64, tail=64, group=32, k_bits=2, v_bits=2)",
+    ],
+)
+def test_a_preset_in_full_is_that_preset(spec):
+    """As records of results write it."""
+    codec = kvplug.parse(spec).codec
+    assert codec == kvplug.parse(codec.name).codec
+    assert repr(codec) == spec
+
+
+@pytest.mark.parametrize(
+    ("spec", "written"),
+    [
+        ("int8(k_bits=2)", "int(tail=0, k_bits=2, v_bits=8)"),
+        ("int4(tail=8, group=16, v_bits=2)", "int(tail=8, group=16, v_bits=2)"),
+        ("int2(k_bits=4, v_bits=4)", "int"),
+    ],
+)
+def test_a_preset_has_the_bits_of_its_name(spec, written):
+    with pytest.raises(kvplug.SpecError) as e:
+        kvplug.parse(spec)
+    assert str(e.value).startswith(f"{spec}: '{spec[:4]}' has ")
+    assert str(e.value).endswith(f"write {written!r}")
+    assert kvplug.parse(written).codec.name == "int"
 
 
 def test_bfloat16_does_not_wrap():

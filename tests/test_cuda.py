@@ -20,7 +20,7 @@ CODED = [
     "int8",
     "int4",
     "int2",
-    "int4(k_bits=8)",
+    "int(k_bits=8, v_bits=4)",
     "static+int4",
     "window(length=100)+int8",
     "sinks(sinks=4, window=96)+int4",

@@ -102,7 +102,7 @@ def choose_again():
     auto._choose.cache_clear()
 
 
-@pytest.mark.parametrize("spec", ["int8", "int4(block=8)", "int2(k_bits=8)", "host"])
+@pytest.mark.parametrize("spec", ["int8", "int4(block=8)", "int(k_bits=8, v_bits=2)", "host"])
 def test_auto_takes_the_compiled_kernel(spec):
     assert resolved(spec) == "numba"
 
@@ -124,6 +124,16 @@ def test_auto_leaves_unknown_codecs_and_dtypes_to_plain_torch(caplog, choose_aga
     assert [r.levelname for r in caplog.records] == ["WARNING", "WARNING"]
 
 
+def test_codes_in_planes_are_left_to_plain_torch(caplog, choose_again):
+    for _ in range(3):
+        assert resolved("int(k_bits=3, v_bits=6)") == "reference"
+    (record,) = caplog.records
+    why = "plain torch reads 'int', several times slower: kernel 'numba' reads codes of 2, 4 and 8 "
+    assert record.getMessage() == f"kvplug: {why}bits, not of 3 and 6"
+    with pytest.raises(kvplug.SpecError, match="'numba' reads codes of 2, 4 and 8 bits, not of 5"):
+        kvplug.parse("int(k_bits=5)+numba")
+
+
 def test_a_named_kernel_runs_or_raises():
     assert resolved("int8+numba") == "numba"
     assert resolved("int8+reference") == "reference"
@@ -131,7 +141,9 @@ def test_a_named_kernel_runs_or_raises():
         resolved("int8+numba", device="cuda")
     with pytest.raises(kvplug.SpecError, match=r"not torch\.float64"):
         resolved("int8+numba", dtype=torch.float64)
-    with pytest.raises(kvplug.SpecError, match=r"'numba' reads exact, int8, int4 and int2, not "):
+    with pytest.raises(
+        kvplug.SpecError, match=r"'numba' reads exact, int, int8, int4 and int2, not "
+    ):
         kvplug.parse("int8").replace(codec=Other(), kernel=Numba())
 
 
@@ -201,7 +213,9 @@ def test_two_python_threads_at_once():
     assert all(torch.equal(call.result()[0], alone) for call in calls)
 
 
-@pytest.mark.parametrize("spec", ["int8", "int4", "int2", "int4(block=128)", "int8(v_bits=2)"])
+@pytest.mark.parametrize(
+    "spec", ["int8", "int4", "int2", "int4(block=128)", "int(k_bits=8, v_bits=2)"]
+)
 @pytest.mark.parametrize("head_dim", [32, 64, 96, 128, 256])
 def test_codes_become_floats_in_registers(spec, head_dim):
     codec = kvplug.parse(spec).codec
@@ -212,7 +226,7 @@ def test_codes_become_floats_in_registers(spec, head_dim):
     assert not cpu._in_vectors(cpu._coded(stored, codec.block), 20), "20 is no number of vectors"
 
 
-@pytest.mark.parametrize("spec", ["int4(block=8, group=8)", "int8(v_bits=4)"])
+@pytest.mark.parametrize("spec", ["int4(block=8, group=8)", "int(k_bits=8, v_bits=4)"])
 def test_memory_laid_out_otherwise(spec):
     """Transposed queries and masks, blocks and tail that are slices of larger buffers."""
     codec = kvplug.parse(spec).codec

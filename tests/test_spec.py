@@ -17,15 +17,14 @@ RETENTION = st.one_of(
 )
 LAYOUT = st.sampled_from(["growing", "growing()", "static", "static(max_cache_len=99)"])
 CODEC = st.one_of(
-    st.sampled_from(["exact", "int8", "int4()", "int2"]),
+    st.sampled_from(["exact", "int8", "int4()", "int2", "int", "int4(k_bits=4, v_bits=4)"]),
     st.builds(
-        "{}(block={}, group={}, tail={}, k_bits={}, v_bits={})".format,
-        st.sampled_from(["int8", "int4", "int2"]),
+        "int(block={}, group={}, tail={}, k_bits={}, v_bits={})".format,
         st.sampled_from([8, 16, 64, 256]),
         st.integers(1, 512),
         st.integers(0, 512),
-        st.sampled_from([2, 4, 8]),
-        st.sampled_from([2, 4, 8]),
+        st.sampled_from([2, 3, 4, 5, 6, 8]),
+        st.sampled_from([2, 3, 4, 5, 6, 8]),
     ),
 )
 PLACEMENT = st.sampled_from(["device", "host", "disk", "disk(folder=None)", "disk(folder='/tmp')"])
@@ -109,7 +108,8 @@ def test_arguments_by_name():
     assert kvplug.parse("window+int8", {"length": 7, "block": 8}) == kvplug.parse(
         "window(length=7)+int8(block=8)"
     )
-    assert kvplug.parse("kvplug:quantized", {"k_bits": 8}).codec.k_bits == 8
+    assert kvplug.parse("int+host", {"k_bits": 8}).codec.k_bits == 8
+    assert kvplug.parse("kvplug:quantized", {"tail": 8}).codec.tail == 8
     assert kvplug.parse("int4", {}) == kvplug.parse("int4", None) == kvplug.parse("int4")
 
 
@@ -136,7 +136,9 @@ ERRORS = {
     "int4(group=0)": "int4(group=0): group must be at least 1",
     "int4(tail=-1)": "int4(tail=-1): tail must be at least 0",
     "int4(block=7)": "int4(block=7): block must be one of 8, 16, 32, 64, 128, 256",
-    "int4(k_bits=3)": "int4(k_bits=3): k_bits must be one of 2, 4, 8",
+    "int(k_bits=7)": "int(k_bits=7): k_bits must be one of 2, 3, 4, 5, 6, 8",
+    "int8(k_bits=2)": "int8(k_bits=2): 'int8' has 8 bits for keys and 8 for values; "
+    "write 'int(tail=0, k_bits=2, v_bits=8)'",
     "window(length=0)": "window(length=0): length must be at least 1",
     "sinks(sinks=0)": "sinks(sinks=0): sinks must be at least 1",
     "disk(folder=3)": "disk(folder=3): folder must be str or None",
@@ -182,6 +184,7 @@ def test_a_spec_is_text(spec):
         ("int4", {"length": 8}, "unknown argument of 'int4': 'length'"),
         ("int4", {"group": 0}, "group must be at least 1"),
         ("int4", {"group": "x"}, "group must be int"),
+        ("int4", {"k_bits": 8}, "'int4' has 4 bits for keys and 4 for values; write 'int(k_bits=8"),
     ],
 )
 def test_errors_of_arguments_by_name(spec, config, text):

@@ -15,6 +15,7 @@ SPECS = [
     "int8(block=8)",
     "int4(block=8, tail=8)",
     "int2(block=8, tail=16)",
+    "int(block=8, tail=8, k_bits=6, v_bits=3)",
     "static+int8(block=8)",
     "static+int4(block=8, tail=8)",
     "int8(block=8)+disk",

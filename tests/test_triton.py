@@ -132,7 +132,7 @@ def test_shares_of_the_columns_merge(monkeypatch, kernel, codec, masked):
     ],
 )
 @pytest.mark.parametrize(
-    "codec", ["int8", "int4", "int2", "int4(k_bits=8)", "int8(k_bits=4, v_bits=2)", "exact"]
+    "codec", ["int8", "int4", "int2", "int(k_bits=8, v_bits=4)", "int(k_bits=4, v_bits=2)", "exact"]
 )
 def test_default_blocks(kernel, codec, Dk, Dv, dtype):
     """Blocks of 64 tokens, groups of 32 channels, common head dims, a mask of the query's dtype."""
@@ -143,9 +143,7 @@ def test_default_blocks(kernel, codec, Dk, Dv, dtype):
 
 
 @runs
-@pytest.mark.parametrize(
-    "codec", ["int8(block=128)", "int4(block=256, k_bits=8)", "exact(block=5)"]
-)
+@pytest.mark.parametrize("codec", ["int8(block=128)", "int(block=256, k_bits=8)", "exact(block=5)"])
 def test_other_blocks(kernel, codec):
     """Larger than what is unpacked at once, and not a power of two."""
     stored = random_stored(coded(codec), N=2, R=1, H=1, Dk=32, Dv=32, skip=4)
@@ -242,7 +240,9 @@ def test_refuses():
     for spec in ("int8", "int4", "int2", "exact"):
         assert cuda.Triton().refuses(coded(spec)) is None
         assert cuda.Triton().refuses(coded(spec), gpu, torch.bfloat16) is None
-    assert cuda.Triton().refuses(Other()) == "reads int8, int4, int2 and exact, not 'other'"
+    assert cuda.Triton().refuses(Other()) == "reads int, int8, int4, int2 and exact, not 'other'"
+    refusal = cuda.Triton().refuses(coded("int(k_bits=3, v_bits=6)"))
+    assert refusal == "reads codes of 2, 4 and 8 bits, not of 3 and 6"
     refusal = cuda.Triton().refuses(coded("int8"), gpu, torch.float64)
     assert refusal == "reads float32, float16 and bfloat16, not torch.float64"
     refusal = cuda.Triton().refuses(coded("int8"), cpu)
@@ -296,7 +296,7 @@ def compiled(monkeypatch, tmp_path):
     [
         ("int8", torch.bfloat16, 1, "none"),
         ("int4", torch.float16, 1, "additive"),
-        ("int2(k_bits=8)", torch.float32, 32, "bool"),
+        ("int(k_bits=8, v_bits=2)", torch.float32, 32, "bool"),
         ("exact", torch.bfloat16, 32, "causal"),
     ],
 )

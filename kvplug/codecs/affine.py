@@ -1,19 +1,23 @@
-"""`int8`, `int4`, `int2`: group-wise asymmetric integers, keys per channel and values per token."""
+"""`int` and its presets: group-wise asymmetric integers, keys per channel, values per token."""
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
+from ..errors import SpecError
 from ..stage import option
 from .base import Codec, Encoded
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-WIDTHS = (2, 4, 8)
+WIDTHS = (2, 3, 4, 5, 6, 8)
+# bits that no byte holds a whole number of, and how many of them, the lowest, the first plane has
+PLANES = {3: 2, 5: 4, 6: 4}
 F16_MAX = torch.finfo(torch.float16).max
 
 
@@ -27,8 +31,9 @@ def _tail(default: int) -> Any:
 
 @dataclass(frozen=True)
 class Affine(Codec):
-    """Asymmetric integers with a float16 scale and zero per group; error <= scale / 2.
+    """Integers, keys and values each of their own bits; `int8`, `int4` and `int2` are presets.
 
+    Asymmetric, with a float16 scale and zero per group; error <= scale / 2.
     Keys have outlier channels, values do not: a group is one channel over the tokens of a block
     for keys, `group` neighbouring channels of one token for values (KIVI, arXiv:2402.02750).
     Departures from it: 8 bits too, widths of K and V apart, and blocks are never encoded again.
@@ -37,14 +42,17 @@ class Affine(Codec):
     v_codes [B, H, N, block*v_bits/8, Dv] uint8, v_scale and v_zero [B, H, N, block, Dv/g] float16
     Keys are channel-major, so that scores run along tokens. Codes are packed along tokens: with 4
     bits, byte i holds token i in its low half and token i + block/2 in its high half; with 2 bits,
-    i + block/4 * (0, 1, 2, 3).
+    i + block/4 * (0, 1, 2, 3); with 1 bit, i + block/8 * (0, ..., 7). Codes of 3, 5 and 6 bits are
+    two planes packed like that, one after the other: the lowest 2, 4 and 4 bits of all tokens, then
+    the highest 1, 1 and 2.
     """
 
+    name: ClassVar[str] = "int"
     block: int = option(64, "tokens per block", choices=(8, 16, 32, 64, 128, 256))
     group: int = option(32, "value channels per scale, lowered to a divisor of head_dim", ge=1)
-    tail: int = _tail(0)
-    k_bits: int = _bits(8)
-    v_bits: int = _bits(8)
+    tail: int = _tail(64)
+    k_bits: int = _bits(4)
+    v_bits: int = _bits(4)
 
     def encode_side(self, x: Tensor, side: int) -> Encoded:
         if side == 0:
@@ -118,6 +126,9 @@ def _to_float16(x: Tensor) -> Tensor:
 
 def _pack(codes: Tensor, bits: int) -> Tensor:
     """Codes [..., G] uint8 below 2**bits -> [..., G * bits / 8] uint8."""
+    if low := PLANES.get(bits):
+        planes = _pack(codes & (2**low - 1), low), _pack(codes >> low, bits - low)
+        return torch.cat(planes, dim=-1)
     if bits == 8:
         return codes.contiguous()
     packed = None
@@ -128,33 +139,50 @@ def _pack(codes: Tensor, bits: int) -> Tensor:
 
 def _unpack(packed: Tensor, bits: int) -> Tensor:
     """The inverse of `_pack`."""
+    if low := PLANES.get(bits):
+        first = packed.shape[-1] * low // bits
+        high = _unpack(packed[..., first:], bits - low)
+        return _unpack(packed[..., :first], low) | (high << low)
     if bits == 8:
         return packed
     return torch.cat([(packed >> shift) & (2**bits - 1) for shift in range(0, 8, bits)], dim=-1)
 
 
 @dataclass(frozen=True)
-class Int8(Affine):
+class Preset(Affine):
+    """Bits that are those of the name: they stand in its repr, and no others are taken."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        cls = type(self)  # where a dataclass keeps its defaults
+        if (self.k_bits, self.v_bits) != (cls.k_bits, cls.v_bits):
+            raise SpecError(
+                f"{self}: {self.name!r} has {cls.k_bits} bits for keys and {cls.v_bits} for "
+                f"values; write {str(Affine(**dataclasses.asdict(self)))!r}"
+            )
+
+
+@dataclass(frozen=True)
+class Int8(Preset):
     """8-bit integers: about half of bf16, drift near nothing (KL 1e-4)."""
 
     name: ClassVar[str] = "int8"
+    tail: int = _tail(0)
+    k_bits: int = _bits(8)
+    v_bits: int = _bits(8)
 
 
 @dataclass(frozen=True)
-class Int4(Affine):
+class Int4(Preset):
     """4-bit integers: less than a third of bf16, small drift; the newest 64 tokens stay exact."""
 
     name: ClassVar[str] = "int4"
-    tail: int = _tail(64)
-    k_bits: int = _bits(4)
-    v_bits: int = _bits(4)
 
 
 @dataclass(frozen=True)
-class Int2(Affine):
+class Int2(Preset):
     """2-bit integers: a fifth of bf16 and heavy drift on small models; for research."""
 
     name: ClassVar[str] = "int2"
-    tail: int = _tail(64)
     k_bits: int = _bits(2)
     v_bits: int = _bits(2)

@@ -24,7 +24,7 @@ import torch
 from numba import float64, intp, njit, prange, types
 from numba.extending import register_jitable
 
-from ..codecs.affine import Affine
+from ..codecs.affine import PLANES, Affine
 from ..codecs.exact import Exact
 from .base import Kernel
 from .simd import (
@@ -87,7 +87,9 @@ class Numba(Kernel):
     ) -> str | None:
         # by `decode_side`: a subclass that has its own has other bytes
         if type(codec).decode_side not in (Affine.decode_side, Exact.decode_side):
-            return f"reads exact, int8, int4 and int2, not {codec.name!r}"
+            return f"reads exact, int, int8, int4 and int2, not {codec.name!r}"
+        if isinstance(codec, Affine) and (odd := {codec.k_bits, codec.v_bits} & set(PLANES)):
+            return f"reads codes of 2, 4 and 8 bits, not of {' and '.join(map(str, sorted(odd)))}"
         if device is not None and device.type not in ("cpu", "meta"):
             return f"runs on the CPU, not on {device.type!r}"
         if dtype is not None and dtype not in FORMATS:

@@ -21,7 +21,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..codecs.affine import Affine
+from ..codecs.affine import PLANES, Affine
 from ..codecs.exact import Exact
 from .base import Kernel
 
@@ -101,7 +101,9 @@ class Triton(Kernel):
     ) -> str | None:
         # known by `decode_side`: a subclass that has its own has other bytes
         if type(codec).decode_side not in (Affine.decode_side, Exact.decode_side):
-            return f"reads int8, int4, int2 and exact, not {codec.name!r}"
+            return f"reads int, int8, int4, int2 and exact, not {codec.name!r}"
+        if isinstance(codec, Affine) and (odd := {codec.k_bits, codec.v_bits} & set(PLANES)):
+            return f"reads codes of 2, 4 and 8 bits, not of {' and '.join(map(str, sorted(odd)))}"
         if device is not None and device.type not in DEVICES:
             return f"needs a CUDA device, not {device.type!r} (TRITON_INTERPRET=1 interprets it)"
         if dtype is not None and dtype not in DTYPES:

@@ -104,10 +104,10 @@ class KernelConformance:
                 "int8(block=8)",
                 "int4(block=8, group=8)",
                 "int2(block=16)",
-                "int8(block=8, k_bits=8, v_bits=4)",
+                "int(block=8, k_bits=8, v_bits=4)",
                 "int8",
                 "int4",
-                "int2(block=128, k_bits=4)",
+                "int(block=128, k_bits=4, v_bits=2)",
             )
         ]
 
