@@ -22,6 +22,8 @@ from .errors import (
 from .estimate import estimate
 from .hook import register, unregister
 from .kernels.base import Kernel
+from .layers.base import AttentionLayer, Slot
+from .layers.growing import Layer
 from .layers.layout import Layout
 from .placement.base import Place, Placement
 from .registry import add, available
@@ -35,6 +37,7 @@ except PackageNotFoundError:  # a source tree that is not installed
     __version__ = "0+unknown"
 
 __all__ = [
+    "AttentionLayer",
     "Cache",
     "CacheOverflow",
     "Candidates",
@@ -43,6 +46,7 @@ __all__ = [
     "Evicted",
     "Kernel",
     "KvplugError",
+    "Layer",
     "Layout",
     "Mismatch",
     "MissingExtra",
@@ -52,6 +56,7 @@ __all__ = [
     "Placement",
     "Retention",
     "Scored",
+    "Slot",
     "SpecError",
     "Strategy",
     "UnknownHost",

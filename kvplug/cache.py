@@ -26,6 +26,7 @@ from .layers.base import AttentionLayer, Slot
 from .layers.combined import with_state
 from .layers.probe import positions_depend_on_images
 from .layers.rotation import turns
+from .layers.state import attributes, nest, part, set_attributes
 from .retention.base import Scored
 from .spec import PREFIX, Strategy, parse
 from .stats import Stats
@@ -37,11 +38,15 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
     from .layers.rotation import Turn
+    from .layers.state import State
 
 
 # transformers' layers of plain attention, with and without a linear-attention state beside it
 FULL = (DynamicLayer, LinearAttentionAndFullAttentionLayer)
 SLIDING = (DynamicSlidingWindowLayer, LinearAttentionAndSlidingWindowAttentionLayer)
+
+
+FORMAT = 1  # of `state_dict`; another where names or meanings change
 
 
 class Cache(transformers.Cache):
@@ -70,6 +75,43 @@ class Cache(transformers.Cache):
     def stats(self) -> dict:
         """What ran: calls per kernel, dense copies by cause, blocks encoded; and the full spec."""
         return {"strategy": repr(self.strategy)} | self._stats.as_dict()
+
+    def state_dict(self) -> dict[str, Tensor | int | float | bool | str | None]:
+        """All that this cache holds: plain tensors, and numbers that JSON has.
+
+        Encoded blocks are as they are encoded. Tensors share memory with the cache: who goes on
+        using it clones them. What counts what ran (`stats`) is not among it.
+        """
+        state: State = {"format": FORMAT, "strategy": repr(self.strategy)}
+        for i, layer in enumerate(self.layers):
+            own = layer.state() if isinstance(layer, AttentionLayer) else attributes(layer)
+            state |= nest(f"layers.{i}", own)
+        return state
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Hold what another cache of this strategy and model has held, copied.
+
+        Tensors may come from anywhere, a file for instance; layers go on where theirs are.
+
+        Raises Mismatch, and changes nothing, where the state is of another strategy, number of
+        layers or format.
+        """
+        numbers = {int(name.split(".")[1]) for name in state if name.startswith("layers.")}
+        mine = FORMAT, repr(self.strategy), len(self.layers)
+        theirs = state.get("format"), state.get("strategy"), max(numbers, default=-1) + 1
+        for what, a, b in zip(
+            ("format", "strategy", "number of layers"), mine, theirs, strict=True
+        ):
+            if a != b:
+                raise Mismatch(
+                    f"this cache has {what} {a!r} and cannot hold a state with {what} {b!r}"
+                )
+        for i, layer in enumerate(self.layers):
+            own = part(state, f"layers.{i}")
+            if isinstance(layer, AttentionLayer):
+                layer.load_state(own)
+            else:
+                set_attributes(layer, own)
 
     @property
     def is_compileable(self) -> bool:

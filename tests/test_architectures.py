@@ -20,7 +20,7 @@ from kvplug.compat import (
     cache_argument,
     output_cache,
 )
-from kvplug.layers.combined import CombinedLayer
+from kvplug.layers.combined import with_state
 from kvplug.layers.growing import Layer
 from kvplug.layers.static import StaticLayer as OurStaticLayer
 from kvplug.layers.static_coded import StaticCodedLayer
@@ -273,7 +273,7 @@ def test_layers_are_as_promised(model):
         ours = kvplug.build(spec, model.config).layers
         for a, b in zip(ours, theirs, strict=True):
             if type(b) in plain:
-                assert type(a) is (Layer if type(b) is DynamicLayer else CombinedLayer)
+                assert type(a) is (Layer if type(b) is DynamicLayer else with_state(Layer))
                 assert not a.is_sliding
                 assert a.strategy == kvplug.parse(spec)
             elif getattr(b, "is_sliding", False):

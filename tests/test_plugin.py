@@ -89,6 +89,10 @@ assert output_cache(coded).nbytes() < 0.6 * output_cache(exact).nbytes()
 assert output_cache(generate("keynorm(budget=16, every=4)")).held() < 16 + 4
 assert (generate("keynorm(budget=70)").sequences == exact.sequences).all()
 
+paged = output_cache(generate("paged(page=100)"))
+assert type(paged.layers[0]).__name__ == "PagedLayer"
+assert paged.layers[0].tail.capacity == 40 + 1 + 100  # the prompt, and a page from the next token
+
 for name in ("int8_token+host", "static+int8_token(block=8)", "sinks(window=14)+int8_token"):
     cache = output_cache(generate(name))
     assert kvplug.parse(cache.stats()["strategy"]) == cache.strategy

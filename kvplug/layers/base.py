@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
 from .batch import RowOperations
 
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from ..stats import Stats
     from .rotation import Turn
     from .sinks import SinkTokens
+    from .state import State
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,25 @@ class AttentionLayer(RowOperations):
     cuts_blocks = False  # whether tokens are encoded at all
     sinks: SinkTokens | None = None
 
+    slot: Slot
     strategy: Strategy
+
+    def state(self) -> State:
+        """All that is held, as named tensors and numbers; blocks as they are encoded."""
+        raise NotImplementedError
+
+    def load_state(self, state: State) -> None:
+        """Hold what a layer built alike has held, copied, on the device of its tensors."""
+        raise NotImplementedError
+
+    def __deepcopy__(self, memo: dict) -> Self:
+        twin = memo[id(self)] = self._blank(copy.deepcopy(self.slot, memo))
+        twin.load_state(self.state())
+        return twin
+
+    def _blank(self, slot: Slot) -> Self:
+        """A layer built alike, empty."""
+        return type(self)(slot)
 
     def held(self) -> int:
         """Tokens that the next query can see, itself not counted."""

@@ -98,11 +98,16 @@ class Buffer:
     def map(self, change: Callable[[Tensor], Tensor]) -> None:
         """Replace every tensor [B, H, rows, ...] in use by `change` of it, of any B and rows."""
         rows, capacity = {n: change(x) for n, x in self.read().items()}, self.capacity - self.start
+        self.load(rows, capacity)
+        self.drop_first(0)
+
+    def load(self, rows: dict[str, Tensor], capacity: int = 0) -> None:
+        """Hold these rows, of which there may be none, in place of what is held."""
         self.clear()
         if rows:
-            self._reallocate(max(capacity, self.reserve), rows)
+            n = next(iter(rows.values())).shape[2]
+            self._reallocate(max(n, capacity, self.reserve), rows)
             self.append(rows)
-            self.drop_first(0)
 
     def clear(self) -> None:
         """Forget everything and give the memory back."""
@@ -150,7 +155,5 @@ class Buffer:
     def __deepcopy__(self, memo: dict) -> Buffer:
         place = copy.deepcopy(self.place, memo)
         twin = Buffer(place, self.device, self.unit, self.reserve, self.steady)
-        if self.tensors:
-            twin._reallocate(self.capacity - self.start, self.tensors)
-            twin.append(self.read())
+        twin.load(self.read(), self.capacity - self.start)
         return twin

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 from ..compat import LinearAttentionLayer
+from .state import attributes, nest, part, set_attributes
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from .base import AttentionLayer, Slot
+    from .state import State
 
 
 class Combined:
@@ -56,6 +58,21 @@ class Combined:
             for i, state in states.items():
                 if state is not None:
                     states[i] = change(state)
+
+    def state(self) -> State:
+        return super().state() | nest("state", attributes(self, self._of_state()))
+
+    def load_state(self, state: State) -> None:
+        super().load_state(state)
+        set_attributes(self, part(state, "state"))
+
+    def _of_state(self) -> list[str]:
+        """The attributes that transformers' part has of its own."""
+        theirs = vars(LinearAttentionLayer(number_of_states=self.number_of_states))
+        return sorted(theirs.keys() - {"dtype", "device", "record_past"})
+
+    def _blank(self, slot: Slot) -> Self:
+        return type(self)(slot, self.number_of_states)
 
     def __reduce__(self) -> tuple:
         """Other processes make the class anew."""

@@ -17,6 +17,7 @@ from .base import AttentionLayer, overflow, removed
 from .batch import check_alike
 from .buffer import Buffer
 from .sinks import SinkTokens
+from .state import nest, rows
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
     from ..codecs.base import Encoded
     from .base import Slot
+    from .state import State
 
 
 class Layer(AttentionLayer, CacheLayerMixin):
@@ -54,7 +56,7 @@ class Layer(AttentionLayer, CacheLayerMixin):
         if slot.sliding_window is not None:
             strategy = strategy.replace(retention=Window(length=slot.sliding_window))
             self.is_sliding = True
-        self.strategy, self.place, self.stats = strategy, slot.place, slot.stats
+        self.slot, self.strategy, self.place, self.stats = slot, strategy, slot.place, slot.stats
         self.cuts_blocks = strategy.codec.name != "exact" or strategy.placement.name != "device"
         first = strategy.retention.first
         self.sinks = SinkTokens(first, slot.turn) if first else None
@@ -258,6 +260,26 @@ class Layer(AttentionLayer, CacheLayerMixin):
         if self.sinks is not None:
             self.sinks.map(change)
         self._fetched = None
+
+    def state(self) -> State:
+        state: State = {"seen": self.seen, "record_past": self.record_past}
+        if not self.is_initialized:
+            return state | {"padding": self.padding}
+        state |= nest("tail", self.tail.read()) | nest("blocks", self.blocks.read())
+        sinks = {} if self.sinks is None else {"k": self.sinks.keys, "v": self.sinks.values}
+        return state | nest("sinks", sinks) | {"padding": self.padding}
+
+    def load_state(self, state: State) -> None:
+        self.reset()
+        if state["padding"] is not None:
+            self.set_padding(state["padding"].clone())
+        if tail := rows(state, "tail"):
+            self.lazy_initialization(tail["k"], tail["v"])
+            self.tail.load(tail)
+            self.blocks.load(rows(state, "blocks"))
+        for name, x in rows(state, "sinks").items():
+            setattr(self.sinks, {"k": "keys", "v": "values"}[name], x.clone())
+        self.seen, self.record_past = state["seen"], state["record_past"]
 
     # --- columns, and reading them
 

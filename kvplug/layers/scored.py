@@ -12,6 +12,7 @@ from ..placement.device import OnDevice
 from ..retention.base import Candidates
 from .buffer import Buffer, lasting
 from .growing import Layer
+from .state import nest, rows
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
     from ..attention.stored import Stored
     from .base import Slot
+    from .state import State
 
 
 class ScoredLayer(Layer):
@@ -161,6 +163,21 @@ class ScoredLayer(Layer):
             self.positions.clear()
             self.queries.clear()
         super().reset()
+
+    def state(self) -> State:
+        state = super().state() | {"since_eviction": self._since_eviction, "unseen": self._unseen}
+        if not self.is_initialized:
+            return state
+        queries = nest("queries", self.queries.read()) | {"scale": self._scale}
+        return state | nest("positions", self.positions.read()) | queries
+
+    def load_state(self, state: State) -> None:
+        super().load_state(state)
+        self._since_eviction, self._unseen = state["since_eviction"], state["unseen"]
+        if self.is_initialized:
+            self.positions.load(rows(state, "positions"))
+            self.queries.load(rows(state, "queries"))
+            self._scale = state["scale"]
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> None:
         super()._map(change)

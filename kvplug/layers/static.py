@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,6 +19,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from .base import Slot
+    from .state import State
 
 
 class StaticLayer(AttentionLayer, TransformersStaticLayer):
@@ -29,7 +29,7 @@ class StaticLayer(AttentionLayer, TransformersStaticLayer):
     """
 
     def __init__(self, slot: Slot) -> None:
-        self.strategy, self.stats = slot.strategy, slot.stats
+        self.slot, self.strategy, self.stats = slot, slot.strategy, slot.stats
         with lasting():
             super().__init__(max_cache_len=self.strategy.layout.limit)
 
@@ -86,11 +86,19 @@ class StaticLayer(AttentionLayer, TransformersStaticLayer):
         if self.is_initialized:
             self._leave_graph()
 
-    def __deepcopy__(self, memo: dict) -> StaticLayer:
-        twin = memo[id(self)] = copy.copy(self)
-        with lasting():
-            vars(twin).update(copy.deepcopy(vars(self), memo))
-        return twin
+    def state(self) -> State:
+        n = self.held()
+        held = {"k": self.keys[:, :, :n], "v": self.values[:, :, :n]} if self.is_initialized else {}
+        return {"seen": n} | held
+
+    def load_state(self, state: State) -> None:
+        self.reset()
+        if "k" in state:
+            with lasting():
+                self.lazy_initialization(state["k"], state["v"])
+            for room, x in ((self.keys, state["k"]), (self.values, state["v"])):
+                room[:, :, : x.shape[2]] = x
+        self.cumulative_length.fill_(state["seen"])
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> None:
         if self.is_initialized:

@@ -13,6 +13,7 @@ from ..attention.view import views
 from .base import removed
 from .batch import rebatch
 from .buffer import lasting
+from .state import nest, rows
 from .static import StaticLayer
 
 if TYPE_CHECKING:
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
     from ..codecs.base import Encoded
     from .base import Slot
+    from .state import State
 
 
 class StaticCodedLayer(StaticLayer):
@@ -41,7 +43,7 @@ class StaticCodedLayer(StaticLayer):
 
     def __init__(self, slot: Slot) -> None:
         # not super().__init__: it would assign keys and values, which are decoded on demand here
-        self.strategy, self.stats = slot.strategy, slot.stats
+        self.slot, self.strategy, self.stats = slot, slot.strategy, slot.stats
         self.max_cache_len = self.strategy.layout.limit
         with lasting():
             self.cumulative_length = torch.tensor(0)
@@ -160,6 +162,32 @@ class StaticCodedLayer(StaticLayer):
             return 0, 0, None
         blocks = {name: x[:, :, :n] for name, x in self.blocks.items()}
         return 0, n * self.strategy.codec.block, blocks
+
+    def state(self) -> State:
+        state: State = {"seen": self.held(), "record_past": self.record_past}
+        if not self.is_initialized:
+            return state
+        n = int(self.block_count)
+        blocks = {name: x[:, :, :n] for name, x in self.blocks.items()}
+        keys, values = self._rest()
+        return state | nest("blocks", blocks) | {"tail.k": keys, "tail.v": values}
+
+    def load_state(self, state: State) -> None:
+        self.reset()
+        self.record_past = state["record_past"]
+        tail = list(rows(state, "tail").values())
+        if tail:
+            with lasting():
+                self.lazy_initialization(*tail)
+            blocks = rows(state, "blocks")
+            for name, x in blocks.items():
+                self.blocks[name][:, :, : x.shape[2]] = x
+                self.block_count.fill_(x.shape[2])
+            R = self.tail[0].shape[2]
+            self._fill_tail([x[:, :, :R] for x in tail])
+            if tail[0].shape[2] > R:
+                self.waiting = [x[:, :, R:].clone() for x in tail]
+        self.cumulative_length.fill_(state["seen"])
 
     def _held(self) -> tuple[Tensor, Tensor]:
         return self.tail[0], self.tail[1]

@@ -12,6 +12,7 @@ from ..errors import CacheOverflow, Evicted
 from .base import AttentionLayer, overflow, removed
 from .batch import check_alike, rebatch
 from .buffer import lasting
+from .state import nest, rows
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from .base import Slot
+    from .state import State
 
 
 class StaticSlidingLayer(AttentionLayer, StaticSlidingWindowLayer):
@@ -29,7 +31,7 @@ class StaticSlidingLayer(AttentionLayer, StaticSlidingWindowLayer):
     """
 
     def __init__(self, slot: Slot) -> None:
-        self.strategy, window = slot.strategy, slot.sliding_window
+        self.slot, self.strategy, window = slot, slot.strategy, slot.sliding_window
         max_cache_len = self.strategy.layout.limit
         with lasting():
             super().__init__(max_cache_len=max_cache_len, sliding_window=window)
@@ -119,6 +121,25 @@ class StaticSlidingLayer(AttentionLayer, StaticSlidingWindowLayer):
         self.deactivate_past_recording()
         self.cumulative_length_int = 0
         self.cumulative_length.zero_()
+
+    def state(self) -> State:
+        state: State = {"seen": self.cumulative_length_int, "record_past": self.record_past}
+        window = self._in_use() if self.is_initialized else ()
+        for prefix, pair in (("window", window), ("past", self._past or ())):
+            state |= nest(prefix, dict(zip("kv", pair, strict=False)))
+        return state
+
+    def load_state(self, state: State) -> None:
+        self.reset()
+        if window := rows(state, "window"):
+            with lasting():
+                self.lazy_initialization(window["k"], window["v"])
+            for room, x in zip((self.keys, self.values), window.values(), strict=True):
+                room[:, :, : x.shape[2]] = x
+        if past := rows(state, "past"):
+            self._past = past["k"].clone(), past["v"].clone()
+        self.record_past, self.cumulative_length_int = state["record_past"], state["seen"]
+        self.cumulative_length.fill_(self.held())
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> None:
         if self.is_initialized:

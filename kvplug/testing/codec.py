@@ -47,19 +47,20 @@ def check_golden(codec: Codec, folder: Path | str, regen: bool = False) -> None:
     data = codec.encode(keys, values)
     if regen:
         path.parent.mkdir(parents=True, exist_ok=True)
-        record = {"codec": repr(codec), "tensors": {k: _to_json(x) for k, x in data.items()}}
+        record = {"codec": repr(codec), "tensors": {k: to_json(x) for k, x in data.items()}}
         path.write_text(json.dumps(record, indent=1, sort_keys=True) + "\n")
     assert path.exists(), f"no golden bytes at {path}: run pytest --regen once and commit the file"
     record = json.loads(path.read_text())
     assert record["codec"] == repr(codec), f"{path} is of {record['codec']}, not {codec!r}"
-    stored = {name: _from_json(x) for name, x in record["tensors"].items()}
+    stored = {name: from_json(x) for name, x in record["tensors"].items()}
     assert sorted(stored) == sorted(data)
     for name, x in data.items():
         assert same(x, stored[name]), f"{codec!r}: bytes of {name!r} differ from {path}"
     _assert_within_bound(codec, keys, values, stored)
 
 
-def _to_json(x: Tensor) -> dict:
+def to_json(x: Tensor) -> dict:
+    """A tensor's dtype, shape and bytes."""
     raw = bytes(raw_bytes(x).tolist())
     return {
         "dtype": str(x.dtype).removeprefix("torch."),
@@ -68,7 +69,8 @@ def _to_json(x: Tensor) -> dict:
     }
 
 
-def _from_json(x: dict) -> Tensor:
+def from_json(x: dict) -> Tensor:
+    """The inverse of `to_json`."""
     raw = torch.tensor(list(base64.b64decode(x["base64"])), dtype=torch.uint8)
     return raw.view(getattr(torch, x["dtype"])).view(x["shape"])
 

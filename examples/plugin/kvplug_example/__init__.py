@@ -1,1 +1,1 @@
-"""Two stages for kvplug: the codec `int8_token` and the retention method `keynorm`."""
+"""Stages for kvplug: a codec, two retention methods and a layout, each in a file."""

@@ -45,6 +45,7 @@ class TestCaches(StrategyConformance):
             "int8_token(block=8)",
             "keynorm(budget=12, every=1)",
             "lookback(budget=12, every=1)+int8(block=8)",
+            "paged(page=20)",
         ]
     )
     def spec(self, request):
