@@ -1,5 +1,6 @@
 """Every built-in retention keeps the contract."""
 
+import copy
 import dataclasses
 from typing import ClassVar
 
@@ -216,3 +217,95 @@ def test_evicted_says_what_to_do():
         layer.crop(-9)
     assert layer.get_seq_length() == 20
     assert torch.equal(layer.keys, before)
+
+
+@dataclasses.dataclass(frozen=True)
+class Witness(kvplug.Scored):
+    """Keep the newest tokens, and write down what was shown."""
+
+    name: ClassVar[str] = "witness"
+    log_sum_exp: ClassVar[bool] = True
+    shown: ClassVar[list] = []
+    budget: int = kvplug.option(12, "tokens kept", ge=1)
+    every: int = kvplug.option(5, "more tokens between two choices", ge=1)
+    queries: int = kvplug.option(3, "newest queries", ge=1)
+
+    def score(self, tokens):
+        self.shown.append(copy.deepcopy(tokens))  # it is read where it lies
+        return tokens.positions.float()
+
+
+@pytest.fixture
+def witness(monkeypatch):
+    monkeypatch.setitem(REGISTRIES["retention"]._targets, "witness", Witness)
+    Witness.shown.clear()
+    return Witness.shown
+
+
+@pytest.mark.parametrize("rest", ["exact", "int8(block=8)", "int8(block=8)+reference"])
+@pytest.mark.parametrize("chunk", [None, 11])
+def test_queries_and_their_log_sum_exp_are_those_of_attention(witness, rest, chunk):
+    """From torch's attention in the prefill, from kernels, and packed by head groups (S = 1)."""
+    model = tiny_llama()  # 4 query heads, 2 stored
+    rows = [prompt(n, seed=n)[0] for n in (30, 19)]
+    model.generate(
+        **left_padded(rows), cache_implementation=f"witness+{rest}", max_new_tokens=25,
+        do_sample=False, prefill_chunk_size=chunk,
+    )  # fmt: skip
+    assert len(witness) >= 2 * 4  # layers, and choices of each
+    for tokens in witness:
+        B, H, T, D = tokens.keys.shape
+        assert tokens.queries.shape == (B, 2 * H, 3, D)
+        assert tokens.log_sum_exp.shape == (B, 2 * H, 3)
+        assert tokens.scale == D**-0.5
+        newest = tokens.positions.amax()
+        assert (tokens.positions.diff(dim=-1) > 0).all()
+        real = tokens.positions >= tokens.padding[:, None, None]
+        keys = tokens.keys.repeat_interleave(2, 1)
+        scores = torch.einsum("bhd,bhtd->bht", tokens.queries[:, :, -1], keys) * tokens.scale
+        scores = scores.masked_fill(~real.repeat_interleave(2, 1), -torch.inf)
+        assert_close(tokens.log_sum_exp[..., -1], scores.logsumexp(-1))
+        if newest + 1 == T:  # nothing is gone: the older two saw all but the newest
+            for back in (1, 2):
+                query = tokens.queries[:, :, -1 - back]
+                scores = torch.einsum("bhd,bhtd->bht", query, keys) * tokens.scale
+                seen = real & (tokens.positions <= newest - back)
+                scores = scores.masked_fill(~seen.repeat_interleave(2, 1), -torch.inf)
+                if rest == "exact":  # else it saw tokens that were not coded yet
+                    assert_close(tokens.log_sum_exp[..., -1 - back], scores.logsumexp(-1))
+
+
+def test_who_asks_for_queries_passes_gradients(witness):
+    """Views from the first prefill on: torch's own attention has the gradient."""
+    ids, grads = prompt(14), []
+    for cache in (None, "witness"):
+        model = tiny_llama().train()
+        kwargs = cache_argument(kvplug.build(cache, model.config)) if cache else {}
+        model(ids, labels=ids, **kwargs).loss.backward()
+        grads.append([p.grad for p in model.parameters()])
+    for a, b in zip(*grads, strict=True):
+        assert_close(b, a)
+    assert all(g.any() for g in grads[1][:4])
+
+
+def test_a_rollback_forgets_queries_too(witness):
+    """While the past is recorded nothing is chosen; then by the queries of the tokens that stay."""
+    model = tiny_llama()
+    for wrong in ([], [7, 8, 9]):
+        cache = kvplug.build("witness(budget=6, every=30)", model.config)
+        with torch.no_grad():
+            model(prompt(30), **cache_argument(cache))
+            cache.activate_past_recording()
+            for tokens in ([3, 4, 5], wrong):
+                if tokens:
+                    model(torch.tensor([tokens]), **cache_argument(cache))
+            cache.crop(-len(wrong))
+            assert cache.held() == 33
+            cache.deactivate_past_recording()
+            model(torch.tensor([[6, 7, 8]]), **cache_argument(cache))
+    first, second = witness[:2], witness[2:]
+    assert len(second) == 2
+    for a, b in zip(first, second, strict=True):
+        assert torch.equal(a.positions, b.positions)
+        assert_close(b.queries, a.queries)
+        assert_close(b.log_sum_exp, a.log_sum_exp)

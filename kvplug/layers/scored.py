@@ -122,8 +122,8 @@ class ScoredLayer(Layer):
     # --- choosing
 
     def _settle(self) -> None:
-        super()._settle()
         self.queries.drop_first(max(0, len(self.queries) - self.retention.queries))
+        super()._settle()
 
     def _evict(self) -> None:
         block, blocks = self.strategy.codec.block, len(self.blocks)
