@@ -46,7 +46,8 @@ class Retention(Stage):
 class Candidates:
     """What a layer holds once attention has run: the tokens among which a method chooses.
 
-    Tensors may be the layer's own memory, which later tokens overwrite: a method copies what it keeps.
+    Tensors may be the layer's own memory, which later tokens overwrite: a method that keeps one
+    copies it.
 
     keys: [B, H, T, Dk] in order of position, rotated where the model rotates; those that are
         encoded come decoded
