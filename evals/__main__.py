@@ -8,7 +8,8 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from evals.config import Config, ConfigError, gather
+from evals.arguments import configured
+from evals.setup.config import Config, ConfigError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -85,9 +86,9 @@ def main(argv: list[str] | None = None) -> int:
 
 def run(given: dict[str, Any], console: Console) -> int:
     """Measure."""
-    from evals.model import FetchError
+    from evals.rows.store import WriteFailed
     from evals.run import run
-    from evals.store import WriteFailed
+    from evals.setup.model import FetchError
 
     out, dry, again = (given.pop(name) for name in ("out", "dry_run", "again"))
     try:
@@ -96,28 +97,12 @@ def run(given: dict[str, Any], console: Console) -> int:
         raise ConfigError(str(error)) from error
 
 
-def configured(given: dict[str, Any]) -> Config:
-    """Return the config of a file and flags; what comes as text is read as numbers are."""
-    file = given.pop("file")
-    kinds = {f.name: f.type for f in fields(Config)}
-    for name, text in given.items():
-        if "int" in kinds[name]:
-            many = isinstance(text, list)
-            words = [word for part in (text if many else [text]) for word in part.split(",")]
-            try:
-                numbers = [int(word) for word in words if word or not many]
-            except ValueError:
-                raise ConfigError(f"{name}={','.join(words)}: accepted are whole numbers") from None
-            given[name] = numbers if many else numbers[0]
-    return gather(file, given)
-
-
 def validate(given: dict[str, Any], console: Console) -> int:
     """Say what a config comes out as, or what is wrong with it."""
-    from evals import strategies
+    from evals.setup import contenders
 
     config = configured(given)
-    rows = strategies.resolve(config.strategies)
+    rows = contenders.resolve(config.strategies)
     for f in fields(config):
         value = getattr(config, f.name)
         if f.name == "strategies":
@@ -128,9 +113,9 @@ def validate(given: dict[str, Any], console: Console) -> int:
 
 def report(given: dict[str, Any], console: Console) -> int:
     """Render results again, each in its folder, and all of them in the files asked for."""
-    from evals.export import WRITERS
-    from evals.report import render
-    from evals.runs import load
+    from evals.report.export import WRITERS
+    from evals.report.render import render
+    from evals.report.runs import load
 
     good = all([render(folder, console) for folder in folders(given)])
     for kind in WRITTEN:
@@ -146,8 +131,8 @@ def report(given: dict[str, Any], console: Console) -> int:
 
 def compare(given: dict[str, Any], console: Console) -> int:
     """Show the figures of two runs."""
-    from evals.compare import compare
-    from evals.report import show
+    from evals.report.compare import compare
+    from evals.report.render import show
 
     show(compare(*folders(given)), console)
     return 0
@@ -164,7 +149,7 @@ def folders(given: dict[str, Any]) -> list[Path]:
 def listing(given: dict[str, Any], console: Console) -> int:
     """Show suites, rows and metrics."""
     from evals import rivals, suites
-    from evals.schema import METRICS
+    from evals.rows.schema import METRICS
 
     def say(text: str) -> None:
         console.print(text, highlight=False, markup=False)

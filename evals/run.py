@@ -17,18 +17,20 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from evals import env, processes, report, store, suites
-from evals.bench import Bench
-from evals.schema import failed
-from evals.tables import Table
+from evals import plan, suites
+from evals.measure.session import Session
+from evals.report.render import render
+from evals.rows import store
+from evals.rows.schema import failed
+from evals.setup import environment, processes
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
+    from collections.abc import Callable, Iterator
     from pathlib import Path
 
-    from evals.config import Config
-    from evals.schema import Row
-    from evals.task import Task
+    from evals.rows.schema import Row
+    from evals.rows.task import Task
+    from evals.setup.config import Config
 
 
 def run(
@@ -44,51 +46,44 @@ def run(
     if not here.is_main_process:
         console = Console(quiet=True)
     with here.main_process_first():  # fetching a model and timing the machine disturb each other
-        bench = Bench.prepare(config, suite.NEEDS, console)
-        tasks = list(suite.tasks(bench))
-    config = bench.config
+        session = Session.prepare(config, suite.NEEDS, suites.tokens(config), console)
+        tasks = list(suite.tasks(session))
+    config = session.config
     folder = out / config.key
-    place = env.describe(bench.fingerprints, bench.placement, config.seed)
+    place = environment.describe(session.fingerprints, session.devices, config.seed)
     source = provenance(config, place)
     if dry:
-        plan(bench, tasks, folder, console)
+        plan.show(session, tasks, folder, console)
         return True
     if not here.is_main_process:
-        mine, _ = processes.split(unfinished(tasks, []))
-        measure(bench, mine, store.Shard(folder, here.process_index), source, console)
+        mine, _ = plan.split(plan.unfinished(tasks, []))
+        measure(session, mine, store.Shard(folder, here.process_index), source, console)
         here.wait_for_everyone()
         return True
 
     if again:
         store.discard(folder)
     results = store.Results(folder, described(config), place)
-    todo = unfinished(tasks, results.finished)
+    todo = plan.unfinished(tasks, results.finished)
     if not todo:
         console.print(f"complete, nothing to measure; --again measures anew: {folder}")
         here.wait_for_everyone()
-        return report.render(folder, console)
+        return render(folder, console)
     if len(todo) < len(tasks):
         console.print(f"{len(tasks) - len(todo)} of {len(tasks)} tasks are finished: {folder}")
-    for table in suite.forecast(bench) if hasattr(suite, "forecast") else []:
-        report.show(table, console)
-    mine, alone = processes.split(todo)
+    plan.show_forecast(session, console)
+    mine, alone = plan.split(todo)
     try:
-        measure(bench, mine, results, source, console)
+        measure(session, mine, results, source, console)
         here.wait_for_everyone()
         results.merge()
         if alone:
-            measure(bench, alone, results, source, console)
+            measure(session, alone, results, source, console)
     except KeyboardInterrupt:
-        report.render(folder, console)
+        render(folder, console)
         console.print(f"interrupted: the same command goes on where this stopped ({folder})")
         raise
-    return report.render(folder, console)
-
-
-def unfinished(tasks: list[Task], finished: Iterable[str]) -> list[Task]:
-    """Return the tasks that the main process has not found finished."""
-    done = processes.agree(sorted(finished))
-    return [task for task in tasks if task.key not in done]
+    return render(folder, console)
 
 
 def described(config: Config) -> dict[str, Any]:
@@ -100,20 +95,20 @@ def described(config: Config) -> dict[str, Any]:
 
 
 def measure(
-    bench: Bench,
+    session: Session,
     tasks: list[Task],
     results: store.Shard,
     source: dict[str, Any],
     console: Console,
 ) -> None:
     """Measure tasks one after another; each row is on disk before the next is measured."""
-    bench.save = results.save
+    session.save = results.save
     with progress(console) as bar:
         whole = bar.add_task(f"0 of {len(tasks)}", total=sum(task.seconds for task in tasks))
         for number, task in enumerate(tasks, 1):
             bar.update(whole, description=f"{number} of {len(tasks)} tasks")
             part, before = bar.add_task(task.title, total=task.seconds), bar.tasks[0].completed
-            bench.tick = ticker(bar, [whole, part], task.seconds / task.steps)
+            session.tick = ticker(bar, [whole, part], task.seconds / task.steps)
             for row, last in ended(guarded(task)):
                 results.append(line(row, task, last, source))
             bar.update(whole, completed=before + task.seconds)
@@ -164,7 +159,7 @@ def ended(rows: Iterator[dict[str, Any]]) -> Iterator[tuple[dict[str, Any], bool
 
 def line(row: dict[str, Any], task: Task, last: bool, source: dict[str, Any]) -> Row:
     """Return a measured row with all that says where it is from."""
-    whose = {"strategy": task.strategy.name, "spec": task.strategy.spec}
+    whose = {"strategy": task.contender.name, "spec": task.contender.spec}
     now = datetime.now(UTC).isoformat(timespec="seconds")
     return {"task": task.key, "done": last} | whose | source | task.place | row | {"time": now}
 
@@ -183,22 +178,6 @@ def provenance(config: Config, place: dict[str, Any]) -> dict[str, Any]:
         "context": config.context[0],
         "case": None,
     }
-
-
-def plan(bench: Bench, tasks: list[Task], folder: Path, console: Console) -> None:
-    """Show what would be measured, and what that takes."""
-    body = [
-        [task.key, task.title, f"{task.seconds:.0f}", f"{task.nbytes / 1e6:.0f}"] for task in tasks
-    ]
-    peak = max(task.nbytes for task in tasks)
-    said = (
-        f"{len(tasks)} tasks, {processes.caption(tasks)} and {peak / 1e9:.2f} GB on top of the "
-        f"model, predicted from a step of each strategy. Would write {folder}."
-    )
-    report.show(Table("plan", ["task", "measures", "s", "MB"], body, [said]), console)
-    suite = suites.get(bench.config.suite)
-    for table in suite.forecast(bench) if hasattr(suite, "forecast") else []:
-        report.show(table, console)
 
 
 @contextmanager

@@ -36,14 +36,14 @@ def load(args: argparse.Namespace) -> tuple[PreTrainedModel, PreTrainedTokenizer
     torch.manual_seed(0)
     if args.tiny:
         return tiny.build()
-    from evals import model
+    from evals.setup import model
 
     return model.load(args.model)[:2]
 
 
 def folder(args: argparse.Namespace, scratch: str) -> str:
     """Where the model that was asked for lies, for programs that load it themselves."""
-    from evals import model
+    from evals.setup import model
 
     for part in tiny.build() if args.tiny else ():
         part.save_pretrained(scratch)

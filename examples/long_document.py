@@ -15,8 +15,8 @@ from pathlib import Path
 from common import document, load, mib, options
 
 import kvplug  # noqa: F401  the import makes the names known
-from evals.memory import held_bytes
-from evals.peaks import Resident
+from evals.measure.memory import held_bytes
+from evals.measure.peaks import Resident
 from kvplug.compat import output_cache
 
 QUESTION = "What is the document above about? Answer in one sentence."

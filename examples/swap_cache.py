@@ -11,7 +11,7 @@ from common import document, load, mib, options
 from transformers import pipeline
 
 import kvplug  # noqa: F401  the import makes the names known
-from evals.memory import held_bytes
+from evals.measure.memory import held_bytes
 from kvplug.compat import output_cache
 
 CACHES = (

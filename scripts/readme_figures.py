@@ -20,12 +20,12 @@ import torch  # noqa: E402
 from transformers import LlamaConfig  # noqa: E402
 
 import kvplug  # noqa: E402
-from evals.report import markdown  # noqa: E402
-from evals.runs import Run, load  # noqa: E402
-from evals.strategies import EXACT  # noqa: E402
+from evals.report.render import markdown  # noqa: E402
+from evals.report.runs import Run, load  # noqa: E402
+from evals.rows.tables import Table  # noqa: E402
+from evals.setup.contenders import EXACT  # noqa: E402
 from evals.suites import decode as decode_suite  # noqa: E402
 from evals.suites import quick  # noqa: E402
-from evals.tables import Table  # noqa: E402
 
 BENCHMARKS = ROOT / "docs" / "benchmarks"
 REPORT = ROOT / "docs" / "reports" / "smollm2-135m"

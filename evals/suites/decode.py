@@ -12,23 +12,23 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from evals.clock import step
-from evals.config import STRATEGIES
-from evals.control import Same
-from evals.memory import checked_bytes, free_bytes
-from evals.noise import SAME, Noise
-from evals.race import pooled, race, speedup
-from evals.schema import at, failed, measured
-from evals.strategies import EXACT
-from evals.tables import Table, figure, grid, notes, timing
-from evals.task import Task
+from evals.measure.clock import step
+from evals.measure.interleave import interleave, pooled, speedup
+from evals.measure.memory import checked_bytes, no_room
+from evals.rows.noise import Noise
+from evals.rows.schema import at, failed, measured
+from evals.rows.tables import Table, figure, grid, notes, timing
+from evals.rows.task import Task
+from evals.setup.config import STRATEGIES
+from evals.setup.contenders import EXACT
+from evals.setup.control import SAME, Same
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from evals.bench import Bench
-    from evals.schema import Row
-    from evals.strategies import Strategy
+    from evals.measure.session import Session
+    from evals.rows.schema import Row
+    from evals.setup.contenders import Contender
 
 DEFAULTS: dict[str, Any] = {
     "strategies": (*STRATEGIES, "transformers:fp8"),
@@ -37,71 +37,72 @@ DEFAULTS: dict[str, Any] = {
     "decode_steps": 12,
 }
 NEEDS = {"model"}
-SPARE = 0.9  # of the free memory that a cache may take
 MUCH = 1.3  # times as long: worth a line
 
 
-def tasks(bench: Bench) -> Iterator[Task]:
-    """Yield a task per batch and context, all strategies in it; and the steps without context."""
-    config, exact = bench.config, bench.strategies[0]
+def tasks(session: Session) -> Iterator[Task]:
+    """Yield a task per batch and context, all contenders in it; and the steps without context."""
+    config, exact = session.config, session.contenders[0]
     steps = config.warmup + config.decode_steps
-    yield Task("decode/empty", "no context", exact, lambda: empty(bench), 1.0)
-    field = [*bench.strategies, Same()]
-    for batch, context, note in bench.cells():
+    yield Task("decode/empty", "no context", exact, lambda: empty(session), 1.0)
+    contenders = [*session.contenders, Same()]
+    for batch, context, note in session.cells():
         round_s = sum(
-            bench.pace.fill(s, batch, context) + steps * bench.pace.step(s, batch, context)
-            for s in field
+            session.predict.fill(s, batch, context)
+            + steps * session.predict.step(s, batch, context)
+            for s in contenders
         )
-        size = bench.filler.exact_bytes(batch, context)
+        size = session.filler.exact_bytes(batch, context)
         yield Task(
             f"decode/b{batch}/t{context}",
             f"batch {batch}, context {context:,}",
             exact,
-            lambda cell=(batch, context, note): measure(bench, field, *cell),
+            lambda cell=(batch, context, note): measure(session, contenders, *cell),
             config.repeats * round_s,
             2 * size,
-            config.repeats * len(field),
+            config.repeats * len(contenders),
         )
 
 
-def empty(bench: Bench) -> Iterator[dict[str, Any]]:
+def empty(session: Session) -> Iterator[dict[str, Any]]:
     """Yield the exact cache's step at next to no context, per batch."""
-    for batch in bench.config.batch:
-        seconds = bench.machine.step(batch)
+    for batch in session.config.batch:
+        seconds = session.machine.step(batch)
         yield at(measured("decode", 1000 * seconds), batch=batch, context=0)
 
 
 def measure(
-    bench: Bench, field: list[Strategy], batch: int, context: int, note: str | None
+    session: Session, contenders: list[Contender], batch: int, context: int, note: str | None
 ) -> Iterator[dict[str, Any]]:
     """Yield the rows of one batch and context."""
     place = {"batch": batch, "context": context}
     runners = {}
-    for strategy in field:
+    for contender in contenders:
         try:
-            if reason := no_room(bench, strategy, batch, context):
-                yield at(measured("decode", note=reason), strategy, **place)
+            need = needed(session, contender, batch, context)
+            if reason := no_room(need, session.device):
+                yield at(measured("decode", note=reason), contender, **place)
             else:
-                runners[strategy] = Runner(bench, strategy, batch, context)
+                runners[contender] = DecodeRound(session, contender, batch, context)
         except Exception as error:  # it cannot be built: its row says so
-            yield at(failed(error), strategy, **place)
-    laps = race(runners, bench.config.repeats, bench.tick)
-    reference = laps.get(bench.strategies[0], ValueError())
-    how = "; ".join(text for text in (bench.filler.note, note) if text)
-    for strategy, runner in runners.items():
-        if isinstance(laps[strategy], Exception):
-            yield at(failed(laps[strategy]), strategy, **place)
+            yield at(failed(error), contender, **place)
+    rounds = interleave(runners, session.config.repeats, session.tick)
+    reference = rounds.get(session.contenders[0], ValueError())
+    how = "; ".join(text for text in (session.filler.note, note) if text)
+    for contender, runner in runners.items():
+        if isinstance(rounds[contender], Exception):
+            yield at(failed(rounds[contender]), contender, **place)
             continue
-        for row in runner.rows(laps[strategy], reference, how):
-            yield at(row, strategy, **place)
+        for row in runner.rows(rounds[contender], reference, how):
+            yield at(row, contender, **place)
 
 
 @dataclass
-class Runner:
-    """One strategy in the loop: each call is a round with a cache of its own."""
+class DecodeRound:
+    """One contender in the loop: each call is a round with a cache of its own."""
 
-    bench: Bench
-    strategy: Strategy
+    session: Session
+    contender: Contender
     batch: int
     context: int
     held: int | None = None
@@ -110,35 +111,35 @@ class Runner:
 
     def __call__(self) -> list[float]:
         """Return milliseconds of each timed step."""
-        model, config = self.bench.model, self.bench.config
+        model, config = self.session.model, self.session.config
         steps = config.warmup + config.decode_steps
-        cache = self.strategy.build(model.config, self.context + steps)
-        self.bench.filler.fill(cache, self.batch, self.context)
+        cache = self.contender.build(model.config, self.context + steps)
+        self.session.filler.fill(cache, self.batch, self.context)
         token = torch.ones(self.batch, 1, dtype=torch.long, device=model.device)
         times = []
-        meter = self.bench.meter or (lambda: 0.0)
+        meter = self.session.meter or (lambda: 0.0)
         for number in range(steps):
             if number == config.warmup:
                 before = meter()
             token, seconds = step(model, cache, token)
             times.append(1000 * seconds)
-        if self.bench.meter:
+        if self.session.meter:
             self.energy.append((meter() - before) / (config.decode_steps * self.batch))
         self.held = self.held or checked_bytes(cache)  # room that growth reserves included
         self.stats = cache.stats() if hasattr(cache, "stats") else None
         return times[config.warmup :]
 
     def rows(
-        self, laps: list[list[float]], reference: list[list[float]] | Exception, note: str
+        self, rounds: list[list[float]], reference: list[list[float]] | Exception, note: str
     ) -> Iterator[dict[str, Any]]:
         """Yield what the rounds say."""
-        times = pooled(laps)
-        low = 1000 * floor(self.bench, self.strategy, self.batch, self.context)
+        times = pooled(rounds)
+        low = 1000 * floor(self.session, self.contender, self.batch, self.context)
         yield measured("decode", *times, note=note, stats=self.stats)
-        if len(laps) > 1:
-            yield measured("decode_new", *laps[0])
+        if len(rounds) > 1:
+            yield measured("decode_new", *rounds[0])
         yield measured("throughput", *(1000 * self.batch / x for x in times))
-        if ratio := speedup(laps, reference):
+        if ratio := speedup(rounds, reference):
             yield ratio
         if self.energy:
             yield measured("energy", *self.energy)
@@ -147,55 +148,52 @@ class Runner:
         yield measured("bytes_held", self.held)
 
 
-def floor(bench: Bench, strategy: Strategy, batch: int, context: int) -> float:
+def floor(session: Session, contender: Contender, batch: int, context: int) -> float:
     """Predict the seconds that a step cannot do without."""
     return (
-        bench.machine.step(batch)
-        + batch * stored(bench, strategy, context) / bench.machine.bandwidth
+        session.machine.step(batch)
+        + batch * stored(session, contender, context) / session.machine.bandwidth
     )
 
 
-def stored(bench: Bench, strategy: Strategy, context: int) -> int:
+def stored(session: Session, contender: Contender, context: int) -> int:
     """Return the bytes per row that attention must read: reserved room beyond the tokens is not."""
     return min(
-        bench.filler.stored_bytes(strategy, context),
-        bench.filler.exact_bytes(1, context) or 1 << 62,
+        session.filler.stored_bytes(contender, context),
+        session.filler.exact_bytes(1, context) or 1 << 62,
     )
 
 
-def no_room(bench: Bench, strategy: Strategy, batch: int, context: int) -> str | None:
-    """Return why a cache does not fit in memory, or None."""
-    filler = bench.filler
-    # as it comes, and one layer of it in full precision a few times over
-    need = batch * filler.stored_bytes(strategy, context)
-    need += 4 * filler.exact_bytes(batch, context) // max(1, len(filler.like or ()))
-    room = free_bytes(bench.device)
-    if need <= SPARE * room:
-        return None
-    return f"does not fit: needs {need / 1e9:.2f} GB, {room / 1e9:.2f} GB are free"
+def needed(session: Session, contender: Contender, batch: int, context: int) -> int:
+    """Return the bytes that decoding takes: the cache as it comes, and one layer of it in full
+    precision a few times over.
+    """
+    filler = session.filler
+    layer = filler.exact_bytes(batch, context) // max(1, len(filler.like or ()))
+    return batch * filler.stored_bytes(contender, context) + 4 * layer
 
 
-def forecast(bench: Bench) -> list[Table]:
+def forecast(session: Session) -> list[Table]:
     """Return the floors, predicted."""
-    machine, cells = bench.machine, list(bench.cells())
+    machine, cells = session.machine, list(session.cells())
     told = []
-    for batch in bench.config.batch:
+    for batch in session.config.batch:
         contexts = [context for b, context, _ in cells if b == batch]
         body = []
-        for strategy in bench.strategies:
+        for contender in session.contenders:
             try:
-                floors = [1000 * floor(bench, strategy, batch, context) for context in contexts]
-                body.append([strategy.name, *(f"{x:.1f}" for x in floors)])
+                floors = [1000 * floor(session, contender, batch, context) for context in contexts]
+                body.append([contender.name, *(f"{x:.1f}" for x in floors)])
             except Exception as error:  # measuring it will say the same, in its row
-                body.append([strategy.name, f"{type(error).__name__}: {error}"[:60]])
+                body.append([contender.name, f"{type(error).__name__}: {error}"[:60]])
         title = f"predicted floor, ms/token ↓, batch {batch}"
-        notes = [
+        said = [
             f"Step without context {1000 * machine.step(batch):.1f} ms (its "
             f"{machine.weight_bytes / 1e6:.0f} MB of weights alone "
             f"{1000 * machine.weight_bytes / machine.bandwidth:.1f} ms), plus stored K/V bytes at "
             f"{machine.bandwidth / 1e9:.1f} GB/s."
         ]
-        told.append(Table(title, ["strategy", *(f"{x:,}" for x in contexts)], body, notes))
+        told.append(Table(title, ["strategy", *(f"{x:,}" for x in contexts)], body, said))
     return told
 
 

@@ -4,98 +4,98 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from evals import control
-from evals import drift as measuring
-from evals.schema import at, measured
-from evals.strategies import EXACT, file_name
-from evals.tables import Table, by_strategy
-from evals.task import Task
+from evals.measure import drift as measuring
+from evals.rows.schema import at, measured
+from evals.rows.tables import Table, by_strategy
+from evals.rows.task import Task
+from evals.setup import control
+from evals.setup.contenders import EXACT, file_name
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from evals.bench import Bench
-    from evals.schema import Row
-    from evals.strategies import Strategy
+    from evals.measure.session import Session
+    from evals.rows.schema import Row
+    from evals.setup.contenders import Contender
 
 DEFAULTS: dict[str, Any] = {"windows": 4}
 NEEDS = {"model", "text"}
 
 
-def tasks(bench: Bench) -> Iterator[Task]:
-    """Yield a task per strategy, and the controls."""
-    place = {"batch": 1, "context": bench.config.window}
+def tasks(session: Session) -> Iterator[Task]:
+    """Yield a task per contender, and the controls."""
+    place = {"batch": 1, "context": session.config.window}
 
-    def one(strategy: Strategy) -> Iterator[dict[str, Any]]:
-        return (at(row, **place) for row in drifted(bench, strategy, by_position=True))
+    def one(contender: Contender) -> Iterator[dict[str, Any]]:
+        return (at(row, **place) for row in drifted(session, contender, by_position=True))
 
-    for strategy in bench.strategies:
+    for contender in session.contenders:
         yield Task(
-            f"drift/{file_name(strategy.name)}",
-            strategy.name,
-            strategy,
-            lambda strategy=strategy: one(strategy),
-            seconds(bench, strategy),
-            2 * bench.filler.exact_bytes(1, bench.config.window),
-            bench.config.windows,
+            f"drift/{file_name(contender.name)}",
+            contender.name,
+            contender,
+            lambda contender=contender: one(contender),
+            seconds(session, contender),
+            2 * session.filler.exact_bytes(1, session.config.window),
+            session.config.windows,
             shared=True,
         )
-    yield from controls(bench, "drift", **place)
+    yield from controls(session, "drift", **place)
 
 
-def controls(bench: Bench, suite: str, **place: int) -> Iterator[Task]:
+def controls(session: Session, suite: str, **place: int) -> Iterator[Task]:
     """Yield the tasks without which drift figures mean nothing."""
     broken, plain = control.Broken(), control.Plain()
     yield Task(
         f"{suite}/broken",
         broken.name,
         broken,
-        lambda: (at(row, **place) for row in drifted(bench, broken)),
-        seconds(bench, broken),
-        steps=bench.config.windows,
+        lambda: (at(row, **place) for row in drifted(session, broken)),
+        seconds(session, broken),
+        steps=session.config.windows,
         shared=True,
     )
     yield Task(
         f"{suite}/plain",
         plain.name,
         plain,
-        lambda: (at(row, **place) for row in undrifted(bench)),
-        bench.config.windows * bench.machine.prefill(bench.config.window),
+        lambda: (at(row, **place) for row in undrifted(session)),
+        session.config.windows * session.machine.prefill(session.config.window),
         shared=True,
     )
 
 
 def drifted(
-    bench: Bench, strategy: Strategy, by_position: bool = False
+    session: Session, contender: Contender, by_position: bool = False
 ) -> Iterator[dict[str, Any]]:
-    """Yield a strategy's drift; raise if it is a control and says that nothing can be trusted."""
-    positions = bench.drift(strategy)
+    """Yield a contender's drift; raise if it is a control and says that nothing can be trusted."""
+    positions = session.drift(contender)
     result = measuring.summary(positions)
-    if strategy.name == EXACT:
+    if contender.name == EXACT:
         control.check_exact(result)
-    if isinstance(strategy, control.Broken):
+    if isinstance(contender, control.Broken):
         control.check_broken(result)
     yield from measuring.rows(positions)  # refuses what is no number
-    bench.save("drift", file_name(strategy.name), strategy=strategy.name, **result)
+    session.save("drift", file_name(contender.name), strategy=contender.name, **result)
     if by_position:
-        for label, first, last in measuring.buckets(bench.config):
+        for label, first, last in measuring.buckets(session.config):
             for row in measuring.rows(positions, first, last):
                 yield at(row, case=label)
 
 
-def undrifted(bench: Bench) -> Iterator[dict[str, Any]]:
+def undrifted(session: Session) -> Iterator[dict[str, Any]]:
     """Yield the perplexity without a cache; raise if the exact cache's is another."""
-    plain = measuring.plain_perplexity(bench.model, bench.windows, bench.config)
-    exact = measuring.exact_perplexity(bench.exact, bench.windows, bench.config)
-    control.check_plain(plain, exact, bench.config.dtype)
+    plain = measuring.plain_perplexity(session.model, session.windows, session.config)
+    exact = measuring.exact_perplexity(session.exact, session.windows, session.config)
+    control.check_plain(plain, exact, session.config.dtype)
     yield measured("perplexity", plain, note="one forward per window with labels, no cache")
     yield measured("perplexity_delta", 100 * (plain / exact - 1))
 
 
-def seconds(bench: Bench, strategy: Strategy) -> float:
-    """Predict the time of one strategy; the exact cache's is measured twice."""
-    times = 2 if strategy.name == EXACT else 1
-    return times * bench.config.windows * bench.pace.chunks(strategy, bench.config.window)
+def seconds(session: Session, contender: Contender) -> float:
+    """Predict the time of one contender; the exact cache's is measured twice."""
+    times = 2 if contender.name == EXACT else 1
+    return times * session.config.windows * session.predict.chunks(contender, session.config.window)
 
 
 def caption(config: dict[str, Any]) -> str:
@@ -113,7 +113,7 @@ def tables(config: dict[str, Any], rows: list[Row]) -> list[Table]:
 
 
 def by_position(rows: list[Row]) -> Table:
-    """Return KL per strategy and range of positions."""
+    """Return KL per contender and range of positions."""
     found = {
         (row["strategy"], row["case"]): row["value"]
         for row in rows

@@ -10,15 +10,16 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from evals import suites
-from evals.config import STRATEGIES, Config, ConfigError
+from evals.setup.config import STRATEGIES, Config, ConfigError
+from evals.setup.contenders import EXACT
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from evals.bench import Bench
-    from evals.schema import Row
-    from evals.tables import Table
-    from evals.task import Task
+    from evals.measure.session import Session
+    from evals.rows.schema import Row
+    from evals.rows.tables import Table
+    from evals.rows.task import Task
 
 SINKS = "sinks(sinks=4, window=1020)"
 DEFAULTS: dict[str, Any] = {"strategies": (*STRATEGIES, SINKS, "int2")}
@@ -30,11 +31,11 @@ PARTS: dict[str, dict[str, Any]] = {
     "memory": {"context": (512, 2048)},
     "retrieval": {},
     "generation": {},
-    "use_cache": {"strategies": (suites.EXACT,), "context": (32, 64, 128)},
+    "use_cache": {"strategies": (EXACT,), "context": (32, 64, 128)},
 }
-# unless the run names its strategies: what loses nothing finds what the exact cache finds
+# unless the run names its contenders: what loses nothing finds what the exact cache finds
 RETRIEVAL = (
-    suites.EXACT, "window(length=1024)", SINKS, "int8", "int4", "int2", "transformers:quantized",
+    EXACT, "window(length=1024)", SINKS, "int8", "int4", "int2", "transformers:quantized",
 )  # fmt: skip
 
 
@@ -56,29 +57,27 @@ def parts(config: Config) -> dict[str, Config]:
     return made
 
 
-def tasks(bench: Bench) -> Iterator[Task]:
+def tasks(session: Session) -> Iterator[Task]:
     """Yield the parts' tasks, one part after another."""
-    for name, config in parts(bench.config).items():
-        part = bench.part(config)
+    for name, config in parts(session.config).items():
+        part = session.part(config)
         place = {"suite": name, "batch": config.batch[0], "context": config.context[0]}
         *early, last = suites.get(name).tasks(part)
         for task in (*early, replace(last, rows=lambda t=last, p=part: rows(t, p))):
             yield replace(task, place=place)
 
 
-def rows(last: Task, part: Bench) -> Iterator[dict[str, Any]]:
+def rows(last: Task, part: Session) -> Iterator[dict[str, Any]]:
     """Yield the rows of a part's last task, and free what the part kept."""
     yield from last.rows()
     part.forget()
 
 
-def forecast(bench: Bench) -> list[Table]:
+def forecast(session: Session) -> list[Table]:
     """Return what parts have to say before measuring."""
     said = []
-    for name, config in parts(bench.config).items():
-        suite = suites.get(name)
-        if hasattr(suite, "forecast"):
-            said += suite.forecast(bench.part(config))
+    for name, config in parts(session.config).items():
+        said += suites.forecast(name, session.part(config))
     return said
 
 

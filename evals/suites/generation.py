@@ -3,72 +3,69 @@
 from __future__ import annotations
 
 from functools import cache
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import evaluate
-
-from evals import greedy
-from evals.schema import at, measured
-from evals.strategies import file_name
-from evals.tables import by_strategy
-from evals.task import Task
+from evals import metrics
+from evals.measure import greedy
+from evals.rows.schema import at, measured
+from evals.rows.tables import by_strategy
+from evals.rows.task import Task
+from evals.setup.contenders import file_name
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     import torch
 
-    from evals.bench import Bench
-    from evals.schema import Row
-    from evals.strategies import Strategy
-    from evals.tables import Table
+    from evals.measure.session import Session
+    from evals.rows.schema import Row
+    from evals.rows.tables import Table
+    from evals.setup.contenders import Contender
 
 DEFAULTS: dict[str, Any] = {"context": (512,), "batch": (8,), "new_tokens": 64}
 NEEDS = {"model", "text"}
-METRICS = Path(__file__).parents[1] / "metrics"
 WORDS = "exact_match", "rouge"  # `evaluate` metrics; each names its figures itself
 
 
-def tasks(bench: Bench) -> Iterator[Task]:
-    """Yield a task per batch, context and strategy."""
-    steps = bench.config.new_tokens
+def tasks(session: Session) -> Iterator[Task]:
+    """Yield a task per batch, context and contender."""
+    steps = session.config.new_tokens
 
     @cache
     def exact(batch: int, context: int) -> torch.Tensor:
-        prompt = bench.prompt(batch, context)
-        return greedy.tokens(bench.model, bench.strategies[0], prompt, steps)
+        prompt = session.prompt(batch, context)
+        return greedy.tokens(session.model, session.contenders[0], prompt, steps)
 
-    for batch in bench.config.batch:
-        for context in bench.config.context:
-            for strategy in bench.strategies:
+    for batch in session.config.batch:
+        for context in session.config.context:
+            for contender in session.contenders:
                 yield Task(
-                    f"generation/b{batch}/t{context}/{file_name(strategy.name)}",
-                    f"{strategy.name}, batch {batch}, context {context:,}",
-                    strategy,
-                    lambda cell=(strategy, batch, context): measure(bench, exact, *cell),
-                    bench.answer_seconds(strategy, batch, context, steps),
-                    2 * bench.filler.exact_bytes(batch, context + steps),
+                    f"generation/b{batch}/t{context}/{file_name(contender.name)}",
+                    f"{contender.name}, batch {batch}, context {context:,}",
+                    contender,
+                    lambda cell=(contender, batch, context): measure(session, exact, *cell),
+                    session.predict.answer(contender, batch, context, steps),
+                    2 * session.filler.exact_bytes(batch, context + steps),
                     shared=True,
                 )
 
 
 def measure(
-    bench: Bench,
+    session: Session,
     exact: Callable[[int, int], torch.Tensor],
-    strategy: Strategy,
+    contender: Contender,
     batch: int,
     context: int,
 ) -> Iterator[dict[str, Any]]:
     """Yield what continuations of `batch` prompts have in common with the exact cache's."""
-    prompt = bench.prompt(batch, context)
-    ours = greedy.tokens(bench.model, strategy, prompt, bench.config.new_tokens)
+    prompt = session.prompt(batch, context)
+    ours = greedy.tokens(session.model, contender, prompt, session.config.new_tokens)
     theirs = exact(batch, context)
-    texts, references = (bench.tokenizer.batch_decode(ids) for ids in (ours, theirs))
-    bench.save(
+    texts, references = (session.tokenizer.batch_decode(ids) for ids in (ours, theirs))
+    session.save(
         "generation",
-        f"b{batch}-t{context}-{file_name(strategy.name)}",
-        strategy=strategy.name,
+        f"b{batch}-t{context}-{file_name(contender.name)}",
+        strategy=contender.name,
         continuations=texts,
     )
     edits = [distance(a, b) / len(b) for a, b in zip(ours.tolist(), theirs.tolist(), strict=True)]
@@ -76,7 +73,7 @@ def measure(
     yield at(greedy.agreement(ours, theirs), **place)
     yield at(measured("edit_distance", *edits), **place)
     for name in WORDS:
-        metric = evaluate.load(str(METRICS / name), keep_in_memory=True)
+        metric = metrics.load(name)
         whole = metric.compute(predictions=texts, references=references)
         pairs = zip(texts, references, strict=True)
         each = [metric.compute(predictions=[a], references=[b]) for a, b in pairs]

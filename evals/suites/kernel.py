@@ -18,22 +18,23 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import LlamaConfig
 
 import kvplug
-from evals import clock
-from evals.memory import free_bytes
-from evals.noise import SAME, Noise
-from evals.race import pooled, race, speedup
-from evals.schema import at, failed, measured
-from evals.strategies import Rival, Strategy
-from evals.tables import Table, grid, notes, timing
-from evals.task import Task
+from evals.measure import clock
+from evals.measure.interleave import interleave, pooled, speedup
+from evals.measure.memory import no_room
+from evals.rows.noise import Noise
+from evals.rows.schema import at, failed, measured
+from evals.rows.tables import Table, grid, notes, timing
+from evals.rows.task import Task
+from evals.setup.contenders import Contender, Rival
+from evals.setup.control import SAME
 from kvplug import registry
 from kvplug.errors import KvplugError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from evals.bench import Bench
-    from evals.schema import Row
+    from evals.measure.session import Session
+    from evals.rows.schema import Row
 
 DEFAULTS: dict[str, Any] = {
     "strategies": ("int8", "int4", "int2"),
@@ -44,10 +45,9 @@ NEEDS: set[str] = set()
 REFERENCE = "torch:sdpa-float32"
 LAYERS = 30  # calls in one pass, each on its own layer where it is cold
 EVICT = 1 << 28  # bytes read before a cold pass
-SPARE = 0.9  # of the free memory that all layers may take
 
 
-class Shape(NamedTuple):
+class Heads(NamedTuple):
     """Heads of a layer."""
 
     kv_heads: int
@@ -58,11 +58,11 @@ class Shape(NamedTuple):
         return f"{self.kv_heads} kv heads x {self.queries} queries, D {self.head_dim}"
 
 
-SHAPES = (Shape(3, 3, 64), Shape(8, 4, 128))
+HEADS = (Heads(3, 3, 64), Heads(8, 4, 128))
 
 
 @dataclass(frozen=True)
-class Sdpa(Strategy):
+class Sdpa(Contender):
     """torch's attention over plain tensors of one dtype."""
 
     dtype: str = "float32"
@@ -74,8 +74,8 @@ class Sdpa(Strategy):
 
 
 @dataclass(frozen=True)
-class Read(Strategy):
-    """A strategy read by a kernel that may not run here."""
+class Read(Contender):
+    """A contender read by a kernel that may not run here."""
 
     @property
     def spec(self) -> str:
@@ -93,66 +93,64 @@ TORCH = (
 )
 
 
-def tasks(bench: Bench) -> Iterator[Task]:
-    """Yield a task per shape, batch, length and state of the processor's caches."""
-    for shape in SHAPES:
-        for batch in bench.config.batch:
-            for context in bench.config.context:
+def tasks(session: Session) -> Iterator[Task]:
+    """Yield a task per layer's heads, batch, length and state of the processor's caches."""
+    for heads in HEADS:
+        for batch in session.config.batch:
+            for context in session.config.context:
                 for cold in (False, True):
-                    case = f"{shape}, {'cold' if cold else 'warm'}"
-                    size = exact_bytes(shape, batch, context) * (LAYERS if cold else 1)
+                    case = f"{heads}, {'cold' if cold else 'warm'}"
+                    size = exact_bytes(heads, batch, context) * (LAYERS if cold else 1)
                     yield Task(
-                        f"kernel/{'x'.join(map(str, shape))}/b{batch}/t{context}/"
+                        f"kernel/{'x'.join(map(str, heads))}/b{batch}/t{context}/"
                         f"{'cold' if cold else 'warm'}",
                         f"T {context:,}, batch {batch}, {case}",
                         TORCH[0],
-                        lambda cell=(shape, batch, context, cold, case): measure(bench, *cell),
+                        lambda cell=(heads, batch, context, cold, case): measure(session, *cell),
                         2 + size / 1e8,
                         4 * size,
                     )
 
 
 def measure(
-    bench: Bench, shape: Shape, batch: int, context: int, cold: bool, case: str
+    session: Session, heads: Heads, batch: int, context: int, cold: bool, case: str
 ) -> Iterator[dict[str, Any]]:
     """Yield the rows of one cell."""
     place = {"batch": batch, "context": context, "case": case}
     layers = LAYERS if cold else 1
-    need, room = 4 * layers * exact_bytes(shape, batch, context), free_bytes(bench.device)
-    if need > SPARE * room:
-        reason = f"does not fit: needs {need / 1e9:.2f} GB, {room / 1e9:.2f} GB are free"
+    if reason := no_room(4 * layers * exact_bytes(heads, batch, context), session.device):
         yield at(measured("attention", note=reason), TORCH[0], **place)
         return
-    inputs = Inputs(shape, batch, context, layers, bench.device, bench.config)
-    runners: dict[Strategy, Runner] = {s: inputs.plain(s) for s in TORCH}
-    for strategy in readers(bench):
+    inputs = Inputs(heads, batch, context, layers, session.device, session.config)
+    runners: dict[Contender, AttentionPass] = {s: inputs.plain(s) for s in TORCH}
+    for contender in readers(session):
         try:
-            runners[strategy] = inputs.coded(strategy)
+            runners[contender] = inputs.coded(contender)
         except (KvplugError, ImportError) as error:
-            yield at(measured("attention", note=f"does not run here: {error}"), strategy, **place)
+            yield at(measured("attention", note=f"does not run here: {error}"), contender, **place)
         except Exception as error:  # its row says so; the others are measured
-            yield at(failed(error), strategy, **place)
+            yield at(failed(error), contender, **place)
     if cold:
-        scratch = torch.ones(EVICT // 4, device=bench.device)
+        scratch = torch.ones(EVICT // 4, device=session.device)
         for runner in runners.values():
             runner.before = scratch.sum
-    laps = race(runners, bench.config.repeats, lambda: None)
+    rounds = interleave(runners, session.config.repeats, lambda: None)
     exact = runners[TORCH[0]].attend(0).float()
-    for strategy, runner in runners.items():
-        if isinstance(laps[strategy], Exception):
-            yield at(failed(laps[strategy]), strategy, **place)
+    for contender, runner in runners.items():
+        if isinstance(rounds[contender], Exception):
+            yield at(failed(rounds[contender]), contender, **place)
             continue
         off = (runner.attend(0).float() - exact).norm() / exact.norm()
-        samples = pooled(laps[strategy])
+        samples = pooled(rounds[contender])
         note = f"each sample the mean of {LAYERS} calls"
-        yield at(measured("attention", *samples, note=note), strategy, **place)
-        if ratio := speedup(laps[strategy], laps[TORCH[0]]):
-            yield at(ratio, strategy, **place)
-        yield at(measured("attention_error", off.item()), strategy, **place)
+        yield at(measured("attention", *samples, note=note), contender, **place)
+        if ratio := speedup(rounds[contender], rounds[TORCH[0]]):
+            yield at(ratio, contender, **place)
+        yield at(measured("attention_error", off.item()), contender, **place)
 
 
 @dataclass
-class Runner:
+class AttentionPass:
     """One implementation over its layers: each call is a pass."""
 
     query: torch.Tensor  # [B, Q, 1, D]
@@ -178,77 +176,77 @@ class Inputs:
     """The same random query, keys and values for every implementation."""
 
     def __init__(
-        self, shape: Shape, batch: int, context: int, layers: int, device: Any, config: Any
+        self, heads: Heads, batch: int, context: int, layers: int, device: Any, config: Any
     ) -> None:
-        self.shape, self.layers = shape, layers
+        self.heads, self.layers = heads, layers
         self.dtype = getattr(torch, config.dtype)
         generator = torch.Generator(device).manual_seed(config.seed)
-        heads, groups, dim = shape
+        kv_heads, groups, dim = heads
 
         def draw(*sizes: int) -> torch.Tensor:
             return torch.randn(batch, *sizes, dim, generator=generator, device=device)
 
         # `context` tokens are stored, the newest one comes with the query
-        self.keys, self.values = draw(heads, context + 1), draw(heads, context + 1)
-        self.query = draw(heads * groups, 1)
+        self.keys, self.values = draw(kv_heads, context + 1), draw(kv_heads, context + 1)
+        self.query = draw(kv_heads * groups, 1)
 
-    def plain(self, strategy: Sdpa) -> Runner:
+    def plain(self, contender: Sdpa) -> AttentionPass:
         """Return torch's attention, warmed up."""
         keys, values, query = (
-            x.to(getattr(torch, strategy.dtype)) for x in (self.keys, self.values, self.query)
+            x.to(getattr(torch, contender.dtype)) for x in (self.keys, self.values, self.query)
         )
         layers = [(keys.clone(), values.clone()) for _ in range(self.layers)]
-        return _warm(Runner(query, layers))
+        return _warm(AttentionPass(query, layers))
 
     @torch.no_grad()
-    def coded(self, strategy: Strategy) -> Runner:
-        """Return a strategy's attention over the views its cache gives, warmed up."""
-        heads, groups, dim = self.shape
+    def coded(self, contender: Contender) -> AttentionPass:
+        """Return a contender's attention over the views its cache gives, warmed up."""
+        kv_heads, groups, dim = self.heads
         config = LlamaConfig(
-            hidden_size=heads * groups * dim,
-            num_attention_heads=heads * groups,
-            num_key_value_heads=heads,
+            hidden_size=kv_heads * groups * dim,
+            num_attention_heads=kv_heads * groups,
+            num_key_value_heads=kv_heads,
             head_dim=dim,
             num_hidden_layers=1,
         )
         keys, values = self.keys.to(self.dtype), self.values.to(self.dtype)
-        one = strategy.build(config, self.keys.shape[2])
+        one = contender.build(config, self.keys.shape[2])
         one.update(keys[:, :, :-1], values[:, :, :-1], 0)
         caches = [copy.deepcopy(one) for _ in range(self.layers)]  # encoding takes longer
         layers = [cache.update(keys[:, :, -1:], values[:, :, -1:], 0) for cache in caches]
-        return _warm(Runner(self.query.to(self.dtype), layers))
+        return _warm(AttentionPass(self.query.to(self.dtype), layers))
 
 
-def _warm(runner: Runner) -> Runner:
+def _warm(runner: AttentionPass) -> AttentionPass:
     """Compile what is compiled at the first call."""
     with torch.no_grad():
         runner.attend(0)
     return runner
 
 
-def readers(bench: Bench) -> Iterator[Strategy]:
-    """Yield every strategy with every kernel; one that names its kernel with that only.
+def readers(session: Session) -> Iterator[Contender]:
+    """Yield every contender with every kernel; one that names its kernel with that only.
 
     Rivals have none.
     """
-    for strategy in bench.strategies:
-        if isinstance(strategy, Rival):
+    for contender in session.contenders:
+        if isinstance(contender, Rival):
             continue
-        if kvplug.parse(strategy.name).kernel.name != "auto":
-            yield strategy
+        if kvplug.parse(contender.name).kernel.name != "auto":
+            yield contender
             continue
         for name in registry.REGISTRIES["kernel"].names():
             if name != "auto":
-                yield Read(f"{strategy.name}+{name}")
+                yield Read(f"{contender.name}+{name}")
 
 
-def exact_bytes(shape: Shape, batch: int, context: int) -> int:
+def exact_bytes(heads: Heads, batch: int, context: int) -> int:
     """Return the bytes of one layer in float32."""
-    return 2 * 4 * batch * shape.kv_heads * context * shape.head_dim
+    return 2 * 4 * batch * heads.kv_heads * context * heads.head_dim
 
 
 def tables(config: dict[str, Any], rows: list[Row]) -> list[Table]:
-    """Return a table per shape, batch and state of the caches."""
+    """Return a table per layer's heads, batch and state of the caches."""
     off = Noise(rows, REFERENCE)
     made = []
     for batch, case in dict.fromkeys((row["batch"], row["case"]) for row in rows):

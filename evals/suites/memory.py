@@ -5,63 +5,64 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import kvplug
-from evals import peaks, speed
-from evals.clock import step
-from evals.memory import checked_bytes
-from evals.schema import at, measured
-from evals.strategies import Rival, file_name
-from evals.tables import Table, by_strategy
-from evals.task import Task
+from evals.measure import peaks
+from evals.measure import prefill as speed
+from evals.measure.clock import step
+from evals.measure.memory import checked_bytes
+from evals.rows.schema import at, measured
+from evals.rows.tables import Table, by_strategy
+from evals.rows.task import Task
+from evals.setup.contenders import Rival, file_name
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from evals.bench import Bench
-    from evals.schema import Row
-    from evals.strategies import Strategy
+    from evals.measure.session import Session
+    from evals.rows.schema import Row
+    from evals.setup.contenders import Contender
 
 DEFAULTS: dict[str, Any] = {"context": (512, 2048, 6000), "decode_steps": 8}
 NEEDS = {"model", "text"}
 
 
-def tasks(bench: Bench) -> Iterator[Task]:
-    """Yield a task per batch, context and strategy."""
-    for batch, context, note in bench.cells():
-        for strategy in bench.strategies:
+def tasks(session: Session) -> Iterator[Task]:
+    """Yield a task per batch, context and contender."""
+    for batch, context, note in session.cells():
+        for contender in session.contenders:
             yield Task(
-                f"memory/b{batch}/t{context}/{file_name(strategy.name)}",
-                f"{strategy.name}, batch {batch}, context {context:,}",
-                strategy,
-                lambda cell=(strategy, batch, context, note): measure(bench, *cell),
-                bench.answer_seconds(strategy, batch, speed.WARMUP_TOKENS, 1)
-                + bench.answer_seconds(strategy, batch, context, 0)
-                + bench.answer_seconds(strategy, batch, context, bench.config.decode_steps),
-                3 * bench.filler.exact_bytes(batch, context),
+                f"memory/b{batch}/t{context}/{file_name(contender.name)}",
+                f"{contender.name}, batch {batch}, context {context:,}",
+                contender,
+                lambda cell=(contender, batch, context, note): measure(session, *cell),
+                session.predict.answer(contender, batch, speed.WARMUP_TOKENS, 1)
+                + session.predict.answer(contender, batch, context, 0)
+                + session.predict.answer(contender, batch, context, session.config.decode_steps),
+                3 * session.filler.exact_bytes(batch, context),
             )
 
 
 def measure(
-    bench: Bench, strategy: Strategy, batch: int, context: int, note: str | None
+    session: Session, contender: Contender, batch: int, context: int, note: str | None
 ) -> Iterator[dict[str, Any]]:
     """Yield bytes held after a true prefill, and both peaks."""
-    model, place = bench.model, {"batch": batch, "context": context}
-    prompt = bench.prompt(batch, context)
-    speed.warm_up(model, strategy, prompt)
+    model, place = session.model, {"batch": batch, "context": context}
+    prompt = session.prompt(batch, context)
+    speed.warm_up(model, contender, prompt)
     # a static cache of exactly this length: what `estimate` counts
-    cache = strategy.build(model.config, context)
+    cache = contender.build(model.config, context)
     step(model, cache, prompt)
     held = checked_bytes(cache)
     yield at(measured("bytes_held", held, note=note), **place)
     yield at(measured("bytes_per_token", held / (batch * context)), **place)
-    if not isinstance(strategy, Rival):
+    if not isinstance(contender, Rival):
         guess = kvplug.estimate(
-            strategy.name, model.config, context=context, batch=batch, dtype=model.dtype
+            contender.name, model.config, context=context, batch=batch, dtype=model.dtype
         )
         yield at(measured("bytes_estimated", guess), **place)
         yield at(measured("estimate_error", 100 * (guess / held - 1)), **place)
     del cache
-    both = {"rss": peaks.Resident(), "peak": peaks.allocated(bench.device)}
-    _, rows = speed.prefill_and_peaks(model, strategy, prompt, bench.config.decode_steps, both)
+    both = {"rss": peaks.Resident(), "peak": peaks.allocated(session.device)}
+    _, rows = speed.prefill_and_peaks(model, contender, prompt, session.config.decode_steps, both)
     for row in rows:
         yield at(row, **place)
 

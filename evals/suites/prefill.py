@@ -4,68 +4,72 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from evals import speed
-from evals.clock import step
-from evals.control import Same
-from evals.noise import Noise
-from evals.race import pooled, race, speedup
-from evals.schema import at, failed, measured
-from evals.strategies import EXACT
-from evals.tables import Table, grid, timing
-from evals.task import Task
+from evals.measure import prefill as speed
+from evals.measure.clock import step
+from evals.measure.interleave import interleave, pooled, speedup
+from evals.rows.noise import Noise
+from evals.rows.schema import at, failed, measured
+from evals.rows.tables import Table, grid, timing
+from evals.rows.task import Task
+from evals.setup.contenders import EXACT
+from evals.setup.control import Same
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from evals.bench import Bench
-    from evals.schema import Row
-    from evals.strategies import Strategy
+    from evals.measure.session import Session
+    from evals.rows.schema import Row
+    from evals.setup.contenders import Contender
 
 DEFAULTS: dict[str, Any] = {"context": (512, 2048, 4096)}
 NEEDS = {"model", "text"}
 
 
-def tasks(bench: Bench) -> Iterator[Task]:
-    """Yield a task per batch and context, all strategies in it."""
-    field, repeats = [*bench.strategies, Same()], bench.config.repeats
-    for batch, context, note in bench.cells():
+def tasks(session: Session) -> Iterator[Task]:
+    """Yield a task per batch and context, all contenders in it."""
+    contenders, repeats = [*session.contenders, Same()], session.config.repeats
+    for batch, context, note in session.cells():
         yield Task(
             f"prefill/b{batch}/t{context}",
             f"batch {batch}, context {context:,}",
-            bench.strategies[0],
-            lambda cell=(batch, context, note): measure(bench, field, *cell),
-            repeats * len(field) * batch * bench.machine.prefill(context),
-            3 * bench.filler.exact_bytes(batch, context),
-            repeats * len(field),
+            session.contenders[0],
+            lambda cell=(batch, context, note): measure(session, contenders, *cell),
+            repeats * len(contenders) * batch * session.machine.prefill(context),
+            3 * session.filler.exact_bytes(batch, context),
+            repeats * len(contenders),
         )
 
 
 def measure(
-    bench: Bench, field: list[Strategy], batch: int, context: int, note: str | None
+    session: Session, contenders: list[Contender], batch: int, context: int, note: str | None
 ) -> Iterator[dict[str, Any]]:
     """Yield the rows of one batch and context."""
-    laps = race(
-        {s: runner(bench, s, batch, context) for s in field}, bench.config.repeats, bench.tick
+    rounds = interleave(
+        {s: runner(session, s, batch, context) for s in contenders},
+        session.config.repeats,
+        session.tick,
     )
-    for strategy in field:
-        own, place = laps[strategy], {"batch": batch, "context": context}
+    for contender in contenders:
+        own, place = rounds[contender], {"batch": batch, "context": context}
         if isinstance(own, Exception):
-            yield at(failed(own), strategy, **place)
+            yield at(failed(own), contender, **place)
             continue
-        yield at(measured("prefill", *pooled(own), note=note), strategy, **place)
-        if ratio := speedup(own, laps[field[0]]):
-            yield at(ratio, strategy, **place)
+        yield at(measured("prefill", *pooled(own), note=note), contender, **place)
+        if ratio := speedup(own, rounds[contenders[0]]):
+            yield at(ratio, contender, **place)
 
 
-def runner(bench: Bench, strategy: Strategy, batch: int, context: int) -> Callable[[], list[float]]:
+def runner(
+    session: Session, contender: Contender, batch: int, context: int
+) -> Callable[[], list[float]]:
     """Return what prefills one new cache; before the first, another one to warm up."""
-    prompt, warm = bench.prompt(batch, context), []
+    prompt, warm = session.prompt(batch, context), []
 
     def once() -> list[float]:
         if not warm:
-            warm.append(speed.warm_up(bench.model, strategy, prompt))
-        cache = strategy.build(bench.model.config, context)
-        return [step(bench.model, cache, prompt)[1]]
+            warm.append(speed.warm_up(session.model, contender, prompt))
+        cache = contender.build(session.model.config, context)
+        return [step(session.model, cache, prompt)[1]]
 
     return once
 

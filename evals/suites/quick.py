@@ -7,29 +7,31 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from evals import control, greedy, peaks, speed
-from evals.config import ConfigError
-from evals.noise import Noise
-from evals.schema import measured
-from evals.strategies import file_name
+from evals.measure import greedy, peaks
+from evals.measure import prefill as speed
+from evals.rows.noise import Noise
+from evals.rows.schema import measured
+from evals.rows.tables import Table, by_strategy
+from evals.rows.task import Task
+from evals.setup import control
+from evals.setup.config import ConfigError
+from evals.setup.contenders import file_name
 from evals.suites import decode, drift
-from evals.tables import Table, by_strategy
-from evals.task import Task
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from evals.bench import Bench
-    from evals.schema import Row
-    from evals.strategies import Strategy
+    from evals.measure.session import Session
+    from evals.rows.schema import Row
+    from evals.setup.contenders import Contender
 
 DEFAULTS: dict[str, Any] = {}
 NEEDS = {"model", "text"}
 
 
-def tasks(bench: Bench) -> Iterator[Task]:
-    """Yield a task per strategy, and the controls."""
-    config = bench.config
+def tasks(session: Session) -> Iterator[Task]:
+    """Yield a task per contender, and the controls."""
+    config = session.config
     if len(config.context) + len(config.batch) > 2:
         raise ConfigError(
             "suite 'quick' measures one context and one batch; 'decode', 'prefill' and 'memory' "
@@ -37,61 +39,61 @@ def tasks(bench: Bench) -> Iterator[Task]:
         )
     batch, context = config.batch[0], config.context[0]
     steps = config.warmup + config.decode_steps
-    size = 2 * bench.filler.exact_bytes(batch, context)
+    size = 2 * session.filler.exact_bytes(batch, context)
 
-    def timing(strategy: Strategy) -> float:
-        warm_up = bench.answer_seconds(strategy, batch, speed.WARMUP_TOKENS, 1)
-        return warm_up + bench.answer_seconds(strategy, batch, context, steps)
+    def timing(contender: Contender) -> float:
+        warm_up = session.predict.answer(contender, batch, speed.WARMUP_TOKENS, 1)
+        return warm_up + session.predict.answer(contender, batch, context, steps)
 
-    def one(strategy: Strategy) -> Iterator[dict[str, Any]]:
-        yield from timed(bench, strategy)
-        yield from drift.drifted(bench, strategy)
-        tokens = bench.greedy_tokens(strategy)
-        yield greedy.agreement(tokens, bench.exact_tokens)
-        bench.tick()
+    def one(contender: Contender) -> Iterator[dict[str, Any]]:
+        yield from timed(session, contender)
+        yield from drift.drifted(session, contender)
+        tokens = session.greedy_tokens(contender)
+        yield greedy.agreement(tokens, session.exact_tokens)
+        session.tick()
 
-    for strategy in bench.strategies:
+    for contender in session.contenders:
         yield Task(
-            f"quick/{file_name(strategy.name)}",
-            strategy.name,
-            strategy,
-            lambda strategy=strategy: one(strategy),
-            timing(strategy)
-            + drift.seconds(bench, strategy)
-            + bench.answer_seconds(strategy, batch, context, config.new_tokens),
+            f"quick/{file_name(contender.name)}",
+            contender.name,
+            contender,
+            lambda contender=contender: one(contender),
+            timing(contender)
+            + drift.seconds(session, contender)
+            + session.predict.answer(contender, batch, context, config.new_tokens),
             size,
             2 + config.windows,
         )
-    yield from drift.controls(bench, "quick")
+    yield from drift.controls(session, "quick")
     same = control.Same()
-    yield Task("quick/same", same.name, same, lambda: timed(bench, same), timing(same), size)
-    field = [*bench.strategies, same]
+    yield Task("quick/same", same.name, same, lambda: timed(session, same), timing(same), size)
+    contenders = [*session.contenders, same]
     yield Task(
         "quick/decode",
         "decode, all in one loop",
-        bench.strategies[0],
-        lambda: decode.measure(bench, field, batch, context, None),
-        config.repeats * steps * sum(bench.pace.step(s, batch, context) for s in field),
+        session.contenders[0],
+        lambda: decode.measure(session, contenders, batch, context, None),
+        config.repeats * steps * sum(session.predict.step(s, batch, context) for s in contenders),
         size,
-        config.repeats * len(field),
+        config.repeats * len(contenders),
     )
 
 
-def timed(bench: Bench, strategy: Strategy) -> Iterator[dict[str, Any]]:
-    """Yield prefill and peak memory of one strategy."""
-    config = bench.config
-    prompt = bench.prompt(config.batch[0], config.context[0])
-    speed.warm_up(bench.model, strategy, prompt)
+def timed(session: Session, contender: Contender) -> Iterator[dict[str, Any]]:
+    """Yield prefill and peak memory of one contender."""
+    config = session.config
+    prompt = session.prompt(config.batch[0], config.context[0])
+    speed.warm_up(session.model, contender, prompt)
     steps = config.warmup + config.decode_steps
-    peak = {"peak": peaks.allocated(bench.device)}
-    seconds, rows = speed.prefill_and_peaks(bench.model, strategy, prompt, steps, peak)
+    peak = {"peak": peaks.allocated(session.device)}
+    seconds, rows = speed.prefill_and_peaks(session.model, contender, prompt, steps, peak)
     yield measured("prefill", seconds)
     yield from rows
-    bench.tick()
+    session.tick()
 
 
 def tables(config: dict[str, Any], rows: list[Row]) -> list[Table]:
-    """Return a line per strategy."""
+    """Return a line per contender."""
     table = by_strategy("", rows, Noise(rows))
     how = {row["note"] for row in rows if row["metric"] == "peak_decode"}
     said = [

@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from evals.needles import CHOICES, Haystack
-from evals.schema import at, measured
-from evals.strategies import file_name
-from evals.tables import Table
-from evals.task import Task
+from evals.measure.needles import CHOICES, Haystack
+from evals.rows.schema import at, measured
+from evals.rows.tables import Table
+from evals.rows.task import Task
+from evals.setup.contenders import file_name
 from kvplug.compat import cache_argument
 
 if TYPE_CHECKING:
@@ -24,10 +24,10 @@ if TYPE_CHECKING:
 
     from transformers import Cache
 
-    from evals.bench import Bench
-    from evals.needles import Trial
-    from evals.schema import Row
-    from evals.strategies import Strategy
+    from evals.measure.needles import Trial
+    from evals.measure.session import Session
+    from evals.rows.schema import Row
+    from evals.setup.contenders import Contender
 
 DEPTHS = 0.0, 0.25, 0.5, 0.75, 1.0  # 0 is the beginning of the text, 1 its end
 DEFAULTS: dict[str, Any] = {
@@ -41,20 +41,20 @@ NOTES = {
 }
 
 
-def tasks(bench: Bench) -> Iterator[Task]:
-    """Yield a task per strategy, exact one first, and length."""
-    hay, config = Haystack(bench), bench.config
+def tasks(session: Session) -> Iterator[Task]:
+    """Yield a task per contender, exact one first, and length."""
+    hay, config = Haystack(session), session.config
     passes = config.trials * len(layouts())
-    for strategy in bench.strategies:
+    for contender in session.contenders:
         for length in config.context:
             hay.trial(length, DEPTHS, 0)  # refuses a length that is too small, before any work
             yield Task(
-                f"retrieval/t{length}/{file_name(strategy.name)}",
-                f"{strategy.name}, length {length:,}",
-                strategy,
-                lambda cell=(strategy, length): measure(bench, hay, *cell),
-                passes * bench.pace.chunks(strategy, length),
-                2 * bench.filler.exact_bytes(1, length),
+                f"retrieval/t{length}/{file_name(contender.name)}",
+                f"{contender.name}, length {length:,}",
+                contender,
+                lambda cell=(contender, length): measure(session, hay, *cell),
+                passes * session.predict.chunks(contender, length),
+                2 * session.filler.exact_bytes(1, length),
                 passes,
                 shared=True,
             )
@@ -66,16 +66,16 @@ def layouts() -> list[tuple[float, ...]]:
 
 
 def measure(
-    bench: Bench, hay: Haystack, strategy: Strategy, length: int
+    session: Session, hay: Haystack, contender: Contender, length: int
 ) -> Iterator[dict[str, Any]]:
     """Yield the share found, and the share said, per number of keys and depth."""
     found: dict[tuple[int, float], list[tuple[bool, bool]]] = {}
     for depths in layouts():
-        for number in range(bench.config.trials):
+        for number in range(session.config.trials):
             trial = hay.trial(length, depths, number)
-            for depth, answer in answers(bench, strategy, trial, length):
+            for depth, answer in answers(session, contender, trial, length):
                 found.setdefault((len(depths), depth), []).append(answer)
-            bench.tick()
+            session.tick()
     for (keys, depth), answered in sorted(found.items()):
         case = {"length": length, "depth": depth, "keys": keys}
         for metric, hits in zip(NOTES, zip(*answered, strict=True), strict=True):
@@ -84,14 +84,14 @@ def measure(
 
 
 def answers(
-    bench: Bench, strategy: Strategy, trial: Trial, length: int
+    session: Session, contender: Contender, trial: Trial, length: int
 ) -> Iterator[tuple[float, tuple[bool, bool]]]:
     """Yield a depth and whether its word is the likeliest of the choices, and of all."""
-    cache = strategy.build(bench.model.config, length)
-    feed(bench, cache, trial.context)
+    cache = contender.build(session.model.config, length)
+    feed(session, cache, trial.context)
     before: list[int] = []  # the right answer to the last question, as if the model had given it
     for question in trial.questions:
-        logits = feed(bench, cache, before + question.tokens)
+        logits = feed(session, cache, before + question.tokens)
         right, *wrong = question.choices
         listed = logits[right] > logits[wrong].max()  # a tie, or no number at all, is a miss
         yield question.depth, (bool(listed), int(logits.argmax()) == right)
@@ -99,18 +99,18 @@ def answers(
 
 
 @torch.no_grad()
-def feed(bench: Bench, cache: Cache, tokens: list[int]) -> torch.Tensor:
+def feed(session: Session, cache: Cache, tokens: list[int]) -> torch.Tensor:
     """Feed tokens in chunks; return the last one's logits [V]."""
-    ids = torch.tensor([tokens], device=bench.model.device)
-    for chunk in ids.split(bench.config.chunk, dim=1):
-        out = bench.model(
+    ids = torch.tensor([tokens], device=session.model.device)
+    for chunk in ids.split(session.config.chunk, dim=1):
+        out = session.model(
             input_ids=chunk, **cache_argument(cache), use_cache=True, logits_to_keep=1
         )
     return out.logits[0, -1].float()
 
 
 def tables(config: dict[str, Any], rows: list[Row]) -> list[Table]:
-    """Return a table per number of keys: strategies over lengths, mean over depths."""
+    """Return a table per number of keys: contenders over lengths, mean over depths."""
     shares: dict[int, dict[str, dict[int, list[Row]]]] = {}
     failed = dict.fromkeys(row["strategy"] for row in rows if row["status"] == "failed")
     for row in rows:

@@ -12,21 +12,21 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from evals.clock import step
-from evals.control import Same
-from evals.noise import Noise
-from evals.race import pooled, race
-from evals.schema import at, failed, measured
-from evals.strategies import EXACT, Strategy
-from evals.tables import Table, figure, grid
-from evals.task import Task
+from evals.measure.clock import step
+from evals.measure.interleave import interleave, pooled
+from evals.rows.noise import Noise
+from evals.rows.schema import at, failed, measured
+from evals.rows.tables import Table, figure, grid
+from evals.rows.task import Task
+from evals.setup.contenders import EXACT, Contender
+from evals.setup.control import Same
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from evals.bench import Bench
-    from evals.race import Laps
-    from evals.schema import Row
+    from evals.measure.interleave import Rounds
+    from evals.measure.session import Session
+    from evals.rows.schema import Row
 
 DEFAULTS: dict[str, Any] = {
     "strategies": (EXACT, "growing", "int4"),
@@ -38,7 +38,7 @@ PROMPT = 8  # tokens before the answer
 
 
 @dataclass(frozen=True)
-class Recompute(Strategy):
+class Recompute(Contender):
     """No cache: every token is computed again for every new one."""
 
     name: str = "control:recompute"
@@ -49,76 +49,77 @@ class Recompute(Strategy):
         return "a forward over all tokens for each new one, use_cache=False"
 
 
-def tasks(bench: Bench) -> Iterator[Task]:
+def tasks(session: Session) -> Iterator[Task]:
     """Yield one task: the exponent needs all lengths."""
-    field = [*bench.strategies, Recompute(), Same()]
-    lengths, repeats = sorted(bench.config.context), bench.config.repeats
+    contenders = [*session.contenders, Recompute(), Same()]
+    lengths, repeats = sorted(session.config.context), session.config.repeats
     yield Task(
         "use_cache",
         "no cache against a cache",
-        bench.strategies[0],
-        lambda: measure(bench, field, lengths),
-        repeats * sum(seconds(bench, s, length) for s in field for length in lengths),
-        steps=repeats * len(field) * len(lengths),
+        session.contenders[0],
+        lambda: measure(session, contenders, lengths),
+        repeats * sum(seconds(session, s, length) for s in contenders for length in lengths),
+        steps=repeats * len(contenders) * len(lengths),
     )
 
 
-def seconds(bench: Bench, strategy: Strategy, length: int) -> float:
-    """Predict an answer of one strategy."""
-    if not isinstance(strategy, Recompute):
-        return length * bench.pace.step(strategy, 1, length // 2)
-    machine = bench.machine
+def seconds(session: Session, contender: Contender, length: int) -> float:
+    """Predict an answer of one contender."""
+    if not isinstance(contender, Recompute):
+        return length * session.predict.step(contender, 1, length // 2)
+    machine = session.machine
     return sum(machine.step(1) + machine.prefill(PROMPT + i) for i in range(length))
 
 
-def measure(bench: Bench, field: list[Strategy], lengths: list[int]) -> Iterator[dict[str, Any]]:
+def measure(
+    session: Session, contenders: list[Contender], lengths: list[int]
+) -> Iterator[dict[str, Any]]:
     """Yield times and gains per length, then the exponents."""
-    found: dict[Strategy, dict[int, list[float]]] = {strategy: {} for strategy in field}
+    found: dict[Contender, dict[int, list[float]]] = {contender: {} for contender in contenders}
     for length in lengths:
         place = {"batch": 1, "context": length}
-        entrants = {strategy: answering(bench, strategy, length) for strategy in found}
-        laps = race(entrants, bench.config.repeats, bench.tick)
-        for strategy, own in laps.items():
+        runners = {contender: answering(session, contender, length) for contender in found}
+        rounds = interleave(runners, session.config.repeats, session.tick)
+        for contender, own in rounds.items():
             if isinstance(own, Exception):
-                yield at(failed(own), strategy, **place)
-                del found[strategy]
+                yield at(failed(own), contender, **place)
+                del found[contender]
                 continue
-            found[strategy][length] = pooled(own)
-            yield at(measured("generate", *pooled(own)), strategy, **place)
-            if row := gain(own, laps[field[-2]]):
-                yield at(row, strategy, **place)
+            found[contender][length] = pooled(own)
+            yield at(measured("generate", *pooled(own)), contender, **place)
+            if row := gain(own, rounds[contenders[-2]]):
+                yield at(row, contender, **place)
     note = f"fitted over lengths {', '.join(map(str, lengths))}"
-    for strategy, times in found.items():
+    for contender, times in found.items():
         if len(times) > 1:
-            rounds = zip(*times.values(), strict=True)
-            slopes = [exponent(lengths, own) for own in rounds]
+            slopes = [exponent(lengths, own) for own in zip(*times.values(), strict=True)]
             row = measured("exponent", *slopes, note=note)
-            yield at(row, strategy, batch=1, context=lengths[-1])
+            yield at(row, contender, batch=1, context=lengths[-1])
 
 
-def answering(bench: Bench, strategy: Strategy, length: int) -> Callable[[], list[float]]:
+def answering(session: Session, contender: Contender, length: int) -> Callable[[], list[float]]:
     """Return what times one answer, a new cache each."""
-    prompt = bench.prompt(1, PROMPT)
+    prompt = session.prompt(1, PROMPT)
 
     def cached() -> list[float]:
-        cache = strategy.build(bench.model.config, PROMPT + length)
-        token, took = step(bench.model, cache, prompt)
+        cache = contender.build(session.model.config, PROMPT + length)
+        token, took = step(session.model, cache, prompt)
         for _ in range(length - 1):
-            token, more = step(bench.model, cache, token)
+            token, more = step(session.model, cache, token)
             took += more
         return [took]
 
     def recomputed() -> list[float]:
         ids, took = prompt, 0.0
         for _ in range(length):
-            token, more = step(bench.model, None, ids)
+            token, more = step(session.model, None, ids)
             ids, took = torch.cat([ids, token], 1), took + more
         return [took]
 
-    return recomputed if isinstance(strategy, Recompute) else cached
+    return recomputed if isinstance(contender, Recompute) else cached
 
 
-def gain(own: list[list[float]], without: Laps) -> dict[str, Any] | None:
+def gain(own: list[list[float]], without: Rounds) -> dict[str, Any] | None:
     """Return the row that says how many times as fast as without a cache."""
     if isinstance(without, Exception):
         return None

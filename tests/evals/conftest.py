@@ -13,13 +13,13 @@ import pytest
 import tiny_run as small
 from rich.console import Console
 
-from evals import model as packaged_model
 from evals import rivals
+from evals.setup import model as packaged_model
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM
 
-    from evals.config import Config
+    from evals.setup.config import Config
 
 ROOT = Path(__file__).parents[2]
 

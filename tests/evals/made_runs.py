@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING, Any
 
-from evals.schema import at, failed, measured
+from evals.rows.schema import at, failed, measured
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -6,9 +6,9 @@ from dataclasses import replace
 import pytest
 from test_evals_retrieval import Words
 
-from evals import report
-from evals.config import Config, ConfigError
+from evals.report import render as report
 from evals.run import run
+from evals.setup.config import Config, ConfigError
 from evals.suites import full, generation, use_cache
 
 pytestmark = pytest.mark.usefixtures("offline")
@@ -96,7 +96,7 @@ def whole(config, tiny, monkeypatch):
     tokenizer = Words()
     tokenizer.batch_decode = lambda ids: [tokenizer.text(row) for row in ids.tolist()]
     tokenizer.text = lambda ids: " ".join(map(str, ids))
-    monkeypatch.setattr("evals.model.load", lambda *_: (tiny, tokenizer, "tiny sha256:0"))
+    monkeypatch.setattr("evals.setup.model.load", lambda *_: (tiny, tokenizer, "tiny sha256:0"))
     letters = "abcdefghijklmnopqrstuvwxyz"
     words = [letters[i : i + 5] for i in range(22)] + [letters[i : i + 6] for i in range(21)]
     with open(config.dataset, "a", encoding="utf-8") as book:

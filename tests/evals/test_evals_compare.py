@@ -4,7 +4,7 @@ from dataclasses import replace
 import pytest
 
 from evals.__main__ import main
-from evals.compare import compare
+from evals.report.compare import compare
 from evals.run import run
 
 pytestmark = pytest.mark.usefixtures("offline")

@@ -2,8 +2,8 @@ import pytest
 
 from evals import suites
 from evals.__main__ import main
-from evals.config import Config, ConfigError, gather, split_specs
-from evals.strategies import EXACT, Rival, Strategy, resolve
+from evals.setup.config import Config, ConfigError, gather, split_specs
+from evals.setup.contenders import EXACT, Rival, Strategy, resolve
 
 
 @pytest.mark.parametrize(
@@ -63,8 +63,8 @@ def test_the_exact_cache_comes_first_and_nothing_twice():
 def test_an_unknown_strategy_ends_the_run_before_the_model_is_loaded(
     name, said, monkeypatch, capsys
 ):
-    monkeypatch.setattr("evals.model.load", lambda *_: pytest.fail("the model was loaded"))
-    monkeypatch.setattr("evals.data.load", lambda *_: pytest.fail("the data was loaded"))
+    monkeypatch.setattr("evals.setup.model.load", lambda *_: pytest.fail("the model was loaded"))
+    monkeypatch.setattr("evals.setup.data.load", lambda *_: pytest.fail("the data was loaded"))
     assert main(["run", "--strategies", f"int8,{name}"]) == 2
     assert said in capsys.readouterr().err
 

@@ -5,8 +5,8 @@ import datasets
 import pytest
 from huggingface_hub import HfApi
 
-from evals import data
-from evals.config import ConfigError
+from evals.setup import data
+from evals.setup.config import ConfigError
 
 
 @pytest.fixture(autouse=True)

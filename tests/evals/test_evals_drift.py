@@ -5,8 +5,10 @@ import numpy as np
 import pytest
 import torch
 
-from evals import control, drift, strategies
-from evals.control import Broken
+from evals.measure import drift
+from evals.setup import contenders as strategies
+from evals.setup import control
+from evals.setup.control import Broken
 
 
 @pytest.fixture
@@ -111,7 +113,7 @@ def test_the_metric_is_what_its_description_says():
 
 @pytest.mark.model
 def test_the_packaged_model_on_wikitext_gives_the_known_figure(wikitext, config):
-    from evals import data, model
+    from evals.setup import data, model
 
     lm, tokenizer, _ = model.load()
     config = replace(config, windows=4, window=2048, chunk=64, skip=256)

@@ -8,9 +8,10 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from evals import peaks, speed
-from evals.memory import held_bytes
-from evals.strategies import resolve
+from evals.measure import peaks
+from evals.measure import prefill as speed
+from evals.measure.memory import held_bytes
+from evals.setup.contenders import resolve
 
 KB = 1024
 

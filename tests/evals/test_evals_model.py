@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from evals import model
+from evals.setup import model
 
 WEIGHTS = b"GGUF, so to speak"
 

@@ -10,10 +10,10 @@ import pytest
 import tiny_run
 from test_evals_resume import STRATEGIES, figures
 
-from evals import processes
+from evals.rows.store import Results, load_rows
+from evals.rows.task import Task
 from evals.run import run
-from evals.store import Results, load_rows
-from evals.task import Task
+from evals.setup import processes
 
 pytestmark = pytest.mark.usefixtures("offline")
 

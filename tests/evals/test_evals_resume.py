@@ -9,11 +9,11 @@ from dataclasses import replace
 import pytest
 import tiny_run
 
-from evals import report
 from evals.__main__ import main
-from evals.config import ConfigError
+from evals.report import render as report
+from evals.rows.store import load_rows
 from evals.run import run
-from evals.store import load_rows
+from evals.setup.config import ConfigError
 
 pytestmark = pytest.mark.usefixtures("offline")
 
@@ -50,7 +50,7 @@ def unbroken(drift, tmp_path, console):
 def test_interrupted_at_any_row_and_resumed_gives_the_same_rows(
     drift, tmp_path, console, monkeypatch, unbroken
 ):
-    from evals.store import Results
+    from evals.rows.store import Results
 
     append = Results.append
     for stop in (0, 7, 30, len(unbroken) - 1):
@@ -78,7 +78,7 @@ def test_ctrl_c_is_exit_code_130(drift, tmp_path, monkeypatch):
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("evals.drift.measure", interrupted)
+    monkeypatch.setattr("evals.measure.drift.measure", interrupted)
     argv = ["run", "--suite", "drift", "--dataset", drift.dataset, "--out", str(tmp_path / "out")]
     assert main([*argv, "--window", "192", "--skip", "8", "--context", "64"]) == 130
 

@@ -10,11 +10,11 @@ import pytest
 import tiny_run
 import torch
 
-from evals import report
-from evals.bench import Bench
-from evals.config import ConfigError
-from evals.needles import CHOICES, Haystack
+from evals.measure.needles import CHOICES, Haystack
+from evals.measure.session import Bench
+from evals.report import render as report
 from evals.run import run
+from evals.setup.config import ConfigError
 from evals.suites import retrieval
 
 pytestmark = pytest.mark.usefixtures("offline")
@@ -50,7 +50,7 @@ def config(tmp_path):
 @pytest.fixture
 def words(monkeypatch, tiny):
     tokenizer = Words()
-    monkeypatch.setattr("evals.model.load", lambda *_: (tiny, tokenizer, "tiny sha256:0"))
+    monkeypatch.setattr("evals.setup.model.load", lambda *_: (tiny, tokenizer, "tiny sha256:0"))
     return tokenizer
 
 

@@ -4,11 +4,11 @@ from dataclasses import replace
 
 import pytest
 
-from evals import report
 from evals.__main__ import main
+from evals.report import render as report
+from evals.rows.schema import METRICS, Row
+from evals.rows.store import WriteFailed
 from evals.run import run
-from evals.schema import METRICS, Row
-from evals.store import WriteFailed
 from kvplug.codecs.affine import Int2
 
 pytestmark = pytest.mark.usefixtures("offline")
@@ -152,7 +152,7 @@ def test_a_cache_that_claims_other_bytes_than_it_holds_fails(config, tmp_path, c
     assert "nbytes() claims 1 bytes, a walk over the cache's tensors finds" in error
 
 
-@pytest.mark.parametrize("where", ["evals.store.os.fsync", "evals.store.evaluate.save"])
+@pytest.mark.parametrize("where", ["evals.rows.store.os.fsync", "evals.rows.store.evaluate.save"])
 def test_a_failed_write_stops_the_run(where, config, tmp_path, console, monkeypatch, capsys):
     config = replace(config, suite="drift", strategies=("transformers:dynamic", "growing"))
     calls = []
@@ -170,8 +170,8 @@ def test_a_failed_write_stops_the_run(where, config, tmp_path, console, monkeypa
 
 
 def test_a_control_that_shows_no_drift_fails_the_run(config, tmp_path, console, monkeypatch):
-    monkeypatch.setattr("evals.control.BrokenCodec.encode", Int2.encode)
-    monkeypatch.setattr("evals.control.LEAST_KL", 9.0)
+    monkeypatch.setattr("evals.setup.control.BrokenCodec.encode", Int2.encode)
+    monkeypatch.setattr("evals.setup.control.LEAST_KL", 9.0)
     ok, _, (_, _, rows) = start(replace(config, suite="drift"), tmp_path / "out", console)
     assert not ok
     (row,) = (row for row in rows if row["status"] == "failed")

@@ -7,15 +7,17 @@ import pytest
 import torch
 from transformers import cache_utils
 
-from evals import energy, report, suites
-from evals.clock import step
-from evals.fill import Filler
-from evals.memory import held_bytes
-from evals.noise import Noise
-from evals.race import race, speedup
+from evals import suites
+from evals.measure import energy
+from evals.measure.clock import step
+from evals.measure.fill import Filler
+from evals.measure.interleave import race, speedup
+from evals.measure.memory import held_bytes
+from evals.report import render as report
+from evals.rows.noise import Noise
+from evals.rows.schema import Row, measured
 from evals.run import run
-from evals.schema import Row, measured
-from evals.strategies import EXACT, Strategy, resolve
+from evals.setup.contenders import EXACT, Strategy, resolve
 
 pytestmark = pytest.mark.usefixtures("offline")
 
@@ -118,7 +120,7 @@ def test_kernel_end_to_end(config, tmp_path, console, monkeypatch):
     monkeypatch.setattr(kernel, "SHAPES", (kernel.Shape(2, 3, 16),))
     monkeypatch.setattr(kernel, "LAYERS", 3)
     monkeypatch.setattr(kernel, "EVICT", 1 << 16)
-    monkeypatch.setattr("evals.model.load", lambda *_: pytest.fail("it needs no model"))
+    monkeypatch.setattr("evals.setup.model.load", lambda *_: pytest.fail("it needs no model"))
     rows = ("int8", "int4(tail=0)+reference")
     config = replace(config, suite="kernel", strategies=rows, context=(96, 200), repeats=3)
     rows, table = start(config, tmp_path, console)
@@ -175,9 +177,9 @@ def test_prefill_end_to_end(config, tmp_path, console):
 def test_a_suite_is_one_file(config, tmp_path, console, monkeypatch):
     (tmp_path / "suites").mkdir()
     (tmp_path / "suites" / "mine.py").write_text(
-        "from evals.schema import measured\n"
-        "from evals.tables import by_strategy\n"
-        "from evals.task import Task\n"
+        "from evals.rows.schema import measured\n"
+        "from evals.rows.tables import by_strategy\n"
+        "from evals.rows.task import Task\n"
         "DEFAULTS, NEEDS = {}, set()\n"
         "def tasks(bench):\n"
         "    s = bench.strategies[0]\n"

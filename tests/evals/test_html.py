@@ -9,13 +9,13 @@ import made_runs as made
 import pandas as pd
 import pytest
 
-from evals import html
 from evals.__main__ import main
-from evals.doubts import doubts
-from evals.html.page import _digest
-from evals.runs import load, together
-from evals.schema import measured
-from evals.summary import summaries
+from evals.report import html
+from evals.report.caveats import doubts
+from evals.report.html.page import _digest
+from evals.report.runs import load, together
+from evals.report.summary import summaries
+from evals.rows.schema import measured
 
 BENCHMARKS = Path(__file__).parents[2] / "docs" / "benchmarks"
 PROBE = """

@@ -9,7 +9,7 @@ from transformers import LlamaConfig
 
 from evals import rivals
 from evals.run import run
-from evals.strategies import resolve
+from evals.setup.contenders import resolve
 
 ADAPTER = """
 from transformers import DynamicCache

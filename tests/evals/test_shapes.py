@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from evals import model, shapes
-from evals.config import ConfigError
+from evals.setup import model, shapes
+from evals.setup.config import ConfigError
 
 
 @pytest.fixture

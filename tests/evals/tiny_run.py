@@ -59,7 +59,7 @@ def loaded(lm: LlamaForCausalLM) -> tuple[Any, Any, str]:
 
 
 def config(book: str, **changes: Any) -> Any:
-    from evals.config import Config
+    from evals.setup.config import Config
 
     asked = {
         "dataset": book,
@@ -81,10 +81,10 @@ def config(book: str, **changes: Any) -> Any:
 def one_run(book: str, out: Path, windows: int = 2) -> None:
     from rich.console import Console
 
-    import evals.model
+    import evals.setup.model
     from evals.run import run
 
-    evals.model.load = lambda name, dtype: loaded(model())
+    evals.setup.model.load = lambda name, dtype: loaded(model())
     rows = ("transformers:dynamic", "growing", "transformers:static", "kvplug:static")
     asked = config(book, suite="drift", strategies=rows, windows=windows)
     run(asked, out, Console(quiet=True))

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from evals import model as packaged
+from evals.setup import model as packaged
 
 PROMPTS = (
     "The history of the printing press begins",

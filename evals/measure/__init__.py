@@ -1,0 +1,1 @@
+"""The measurements, and the session that suites take them in."""

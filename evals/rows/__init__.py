@@ -1,0 +1,1 @@
+"""What is written down: tasks, rows, their files, and rows as tables of text."""
