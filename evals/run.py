@@ -50,8 +50,8 @@ def run(
         tasks = list(suite.tasks(session))
     config = session.config
     folder = out / config.key
-    place = environment.describe(session.fingerprints, session.devices, config.seed)
-    source = provenance(config, place)
+    env = environment.describe(session.fingerprints, session.devices, config.seed)
+    source = provenance(config, env)
     if dry:
         plan.show(session, tasks, folder, console)
         return True
@@ -63,7 +63,7 @@ def run(
 
     if again:
         store.discard(folder)
-    results = store.Results(folder, described(config), place)
+    results = store.Results(folder, described(config), env)
     todo = plan.unfinished(tasks, results.finished)
     if not todo:
         console.print(f"complete, nothing to measure; --again measures anew: {folder}")
@@ -164,10 +164,10 @@ def line(row: dict[str, Any], task: Task, last: bool, source: dict[str, Any]) ->
     return {"task": task.key, "done": last} | whose | source | task.place | row | {"time": now}
 
 
-def provenance(config: Config, place: dict[str, Any]) -> dict[str, Any]:
+def provenance(config: Config, env: dict[str, Any]) -> dict[str, Any]:
     """Return the part of a row that is the same in all of a run, unless the row says otherwise."""
-    versions = {name: place["versions"][name] for name in ("kvplug", "torch", "transformers")}
-    here = {name: place[name] for name in ("git", "model", "dataset", "hardware", "threads")}
+    versions = {name: env["versions"][name] for name in ("kvplug", "torch", "transformers")}
+    here = {name: env[name] for name in ("git", "model", "dataset", "hardware", "threads")}
     return {
         "suite": config.suite,
         "run": config.key,

@@ -65,7 +65,7 @@ def errors(rows: list[Row]) -> dict[str, list[str]]:
     for row in rows:
         if row["status"] == "failed":
             found.setdefault(row["strategy"], {})[row["error"]] = None
-    return {name: list(errors) for name, errors in found.items()}
+    return {name: list(own) for name, own in found.items()}
 
 
 def caption(config: dict[str, Any], env: dict[str, Any]) -> list[str]:

@@ -25,7 +25,7 @@ BARE = {"dynamic": EXACT, "static": "kvplug:static", "quantized": "kvplug:quanti
 
 @dataclass(frozen=True)
 class Contender:
-    """A kvplug strategy, or what stands in a row like one. Equal if their names are."""
+    """A kvplug strategy. Subclasses are what else can have a row: rivals and controls."""
 
     name: str
 

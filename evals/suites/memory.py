@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Any
 
 import kvplug
 from evals.measure import peaks
-from evals.measure import prefill as speed
 from evals.measure.clock import step
 from evals.measure.memory import checked_bytes
+from evals.measure.prefill import WARMUP_TOKENS, prefill_and_peaks, warm_up
 from evals.rows.schema import at, measured
 from evals.rows.tables import Table, by_strategy
 from evals.rows.task import Task
@@ -34,7 +34,7 @@ def tasks(session: Session) -> Iterator[Task]:
                 f"{contender.name}, batch {batch}, context {context:,}",
                 contender,
                 lambda cell=(contender, batch, context, note): measure(session, *cell),
-                session.predict.answer(contender, batch, speed.WARMUP_TOKENS, 1)
+                session.predict.answer(contender, batch, WARMUP_TOKENS, 1)
                 + session.predict.answer(contender, batch, context, 0)
                 + session.predict.answer(contender, batch, context, session.config.decode_steps),
                 3 * session.filler.exact_bytes(batch, context),
@@ -47,7 +47,7 @@ def measure(
     """Yield bytes held after a true prefill, and both peaks."""
     model, place = session.model, {"batch": batch, "context": context}
     prompt = session.prompt(batch, context)
-    speed.warm_up(model, contender, prompt)
+    warm_up(model, contender, prompt)
     # a static cache of exactly this length: what `estimate` counts
     cache = contender.build(model.config, context)
     step(model, cache, prompt)
@@ -62,7 +62,7 @@ def measure(
         yield at(measured("estimate_error", 100 * (guess / held - 1)), **place)
     del cache
     both = {"rss": peaks.Resident(), "peak": peaks.allocated(session.device)}
-    _, rows = speed.prefill_and_peaks(model, contender, prompt, session.config.decode_steps, both)
+    _, rows = prefill_and_peaks(model, contender, prompt, session.config.decode_steps, both)
     for row in rows:
         yield at(row, **place)
 

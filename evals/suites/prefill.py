@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from evals.measure import prefill as speed
 from evals.measure.clock import step
 from evals.measure.interleave import interleave, pooled, speedup
+from evals.measure.prefill import warm_up
 from evals.rows.noise import Noise
 from evals.rows.schema import at, failed, measured
 from evals.rows.tables import Table, grid, timing
@@ -67,7 +67,7 @@ def runner(
 
     def once() -> list[float]:
         if not warm:
-            warm.append(speed.warm_up(session.model, contender, prompt))
+            warm.append(warm_up(session.model, contender, prompt))
         cache = contender.build(session.model.config, context)
         return [step(session.model, cache, prompt)[1]]
 

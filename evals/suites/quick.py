@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from evals.measure import greedy, peaks
-from evals.measure import prefill as speed
+from evals.measure.prefill import WARMUP_TOKENS, prefill_and_peaks, warm_up
 from evals.rows.noise import Noise
 from evals.rows.schema import measured
 from evals.rows.tables import Table, by_strategy
@@ -42,8 +42,8 @@ def tasks(session: Session) -> Iterator[Task]:
     size = 2 * session.filler.exact_bytes(batch, context)
 
     def timing(contender: Contender) -> float:
-        warm_up = session.predict.answer(contender, batch, speed.WARMUP_TOKENS, 1)
-        return warm_up + session.predict.answer(contender, batch, context, steps)
+        before = session.predict.answer(contender, batch, WARMUP_TOKENS, 1)
+        return before + session.predict.answer(contender, batch, context, steps)
 
     def one(contender: Contender) -> Iterator[dict[str, Any]]:
         yield from timed(session, contender)
@@ -83,10 +83,10 @@ def timed(session: Session, contender: Contender) -> Iterator[dict[str, Any]]:
     """Yield prefill and peak memory of one contender."""
     config = session.config
     prompt = session.prompt(config.batch[0], config.context[0])
-    speed.warm_up(session.model, contender, prompt)
+    warm_up(session.model, contender, prompt)
     steps = config.warmup + config.decode_steps
     peak = {"peak": peaks.allocated(session.device)}
-    seconds, rows = speed.prefill_and_peaks(session.model, contender, prompt, steps, peak)
+    seconds, rows = prefill_and_peaks(session.model, contender, prompt, steps, peak)
     yield measured("prefill", seconds)
     yield from rows
     session.tick()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import random
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,8 +14,10 @@ import pytest
 import tiny_run as small
 from rich.console import Console
 
-from evals import rivals
+from evals import rivals, suites
+from evals.measure.session import Session
 from evals.setup import model as packaged_model
+from evals.suites import retrieval
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM
@@ -48,6 +51,35 @@ def offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tiny: LlamaForCausa
     """Have runs load the tiny model, and keep every cache of `datasets` in the test's folder."""
     monkeypatch.setattr(packaged_model, "load", lambda name, dtype: small.loaded(tiny))
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets")
+
+
+NEEDLE_WORDS = [
+    f"{a}{b}{c}" for a in ("ba", "ko", "mi", "tu") for b in "lnrs" for c in ("do", "fe", "ga")
+]
+
+
+@pytest.fixture
+def words(monkeypatch: pytest.MonkeyPatch, tiny: LlamaForCausalLM) -> small.Words:
+    """Have runs load the tiny model with a tokenizer of words, and return that."""
+    tokenizer = small.Words()
+    monkeypatch.setattr(packaged_model, "load", lambda *_: (tiny, tokenizer, "tiny sha256:0"))
+    return tokenizer
+
+
+@pytest.fixture
+def needles(tmp_path: Path) -> Config:
+    """Return a run of the retrieval suite, over made-up words."""
+    lines = random.Random(0)
+    text = "\n".join(" ".join(lines.choices(NEEDLE_WORDS, k=9)) for _ in range(200))
+    (tmp_path / "book.txt").write_text(text, encoding="utf-8")
+    asked = {"suite": "retrieval", "context": (144, 200), "batch": (1,), "trials": 1}
+    return small.config(str(tmp_path / "book.txt"), **asked)
+
+
+@pytest.fixture
+def session(needles: Config, words: small.Words, console: Console) -> Session:
+    """Return the session of that run."""
+    return Session.prepare(needles, retrieval.NEEDS, suites.tokens(needles), console)
 
 
 @pytest.fixture

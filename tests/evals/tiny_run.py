@@ -1,4 +1,5 @@
-"""What the tests' runs measure on; run as a script, it is such a run, to be killed or shared.
+"""What the tests' runs measure on, and how they start; as a script, such a run, to be killed or
+shared.
 
 python tiny_run.py BOOK OUT             one run
 python tiny_run.py BOOK OUT KILLS SEED  runs killed at random moments and taken up again
@@ -8,6 +9,7 @@ from __future__ import annotations
 
 import os
 import random
+import re
 import signal
 import sys
 import time
@@ -19,6 +21,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 WORDS = ["the", "cache", "keeps", "every", "key", "and", "value", "attention", "asks", "for"]
+STRATEGIES = ("transformers:dynamic", "growing", "transformers:static", "kvplug:static")
 
 
 def model() -> LlamaForCausalLM:
@@ -54,6 +57,25 @@ class Bytes:
         return [bytes(row).decode() for row in ids.tolist()]
 
 
+class Words:
+    """Stand in for a tokenizer: one token per word or other character."""
+
+    def __init__(self) -> None:
+        self.known: dict[str, int] = {}
+
+    def __call__(self, text: str, **_: object) -> SimpleNamespace:
+        parts = re.findall(r" ?\w+|\W", text)
+        ids = [self.known.setdefault(part.strip(" ") or part, len(self.known)) for part in parts]
+        return SimpleNamespace(input_ids=torch.tensor([ids]))
+
+    def text(self, ids: list[int]) -> str:
+        names = {number: part for part, number in self.known.items()}
+        return " ".join(names[i] for i in ids)
+
+    def batch_decode(self, ids: torch.Tensor) -> list[str]:
+        return [" ".join(map(str, row)) for row in ids.tolist()]
+
+
 def loaded(lm: LlamaForCausalLM) -> tuple[Any, Any, str]:
     return lm, Bytes(), "tiny sha256:0"
 
@@ -78,6 +100,24 @@ def config(book: str, **changes: Any) -> Any:
     return Config(**asked | changes)
 
 
+def measured(config: Any, out: Path, console: Any, ok: bool = True) -> tuple[Path, list[Any]]:
+    """Run; return the result folder, the only one, and its rows."""
+    from evals.report.runs import read
+    from evals.run import run
+
+    assert run(config, out, console) is ok, console.file.getvalue()
+    (folder,) = out.iterdir()
+    return folder, read(folder)[2]
+
+
+def figures(folder: Path) -> list[dict[str, Any]]:
+    """All that the rows say but when."""
+    from evals.report.runs import read
+
+    rows = read(folder)[2]
+    return [{name: value for name, value in row.items() if name != "time"} for row in rows]
+
+
 def one_run(book: str, out: Path, windows: int = 2) -> None:
     from rich.console import Console
 
@@ -85,8 +125,7 @@ def one_run(book: str, out: Path, windows: int = 2) -> None:
     from evals.run import run
 
     evals.setup.model.load = lambda name, dtype: loaded(model())
-    rows = ("transformers:dynamic", "growing", "transformers:static", "kvplug:static")
-    asked = config(book, suite="drift", strategies=rows, windows=windows)
+    asked = config(book, suite="drift", strategies=STRATEGIES, windows=windows)
     run(asked, out, Console(quiet=True))
 
 

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from evals.__main__ import main
-from evals.report import render as report
+from evals.report.runs import read
 from evals.rows.schema import METRICS, Row
 from evals.rows.store import WriteFailed
 from evals.run import run
@@ -48,7 +48,7 @@ def start(config, out, console):
     ok = run(config, out, console)
     folders = [path for path in out.iterdir() if path.is_dir()]
     assert len(folders) == 1
-    return ok, folders[0], report.read(folders[0])
+    return ok, folders[0], read(folders[0])
 
 
 def test_a_run_writes_every_figure_with_its_provenance(config, tmp_path, console):
@@ -126,7 +126,7 @@ def test_a_strategy_that_fails_is_a_row_and_an_exit_code(
     assert main(["run", *argv, "--strategies", rows]) == 1
 
     folder = next((tmp_path / "out").iterdir())
-    _, _, rows = report.read(folder)
+    _, _, rows = read(folder)
     errors = {row["strategy"]: row["error"] for row in rows if row["status"] == "failed"}
     assert errors == {
         "failing:card": "RuntimeError: no such card [/red]",

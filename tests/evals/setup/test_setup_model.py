@@ -84,7 +84,7 @@ def test_a_local_folder_loads_and_its_fingerprint_follows_its_weights(tiny, tmp_
     tiny.save_pretrained(tmp_path / "m")
     lm, _, first = model.load(str(tmp_path / "m"))
     assert first.startswith("m sha256:")
-    assert model.placement(lm) == ("cuda:0" if torch.cuda.is_available() else "cpu")
+    assert model.devices(lm) == ("cuda:0" if torch.cuda.is_available() else "cpu")
     ids = torch.arange(8)[None].to(lm.device)
     with torch.no_grad():
         assert torch.equal(lm.cpu()(ids.cpu()).logits, tiny(ids.cpu()).logits)

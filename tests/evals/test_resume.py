@@ -8,16 +8,16 @@ from dataclasses import replace
 
 import pytest
 import tiny_run
+from tiny_run import STRATEGIES, figures
 
 from evals.__main__ import main
-from evals.report import render as report
+from evals.report.runs import read
 from evals.rows.store import load_rows
 from evals.run import run
 from evals.setup.config import ConfigError
 
 pytestmark = pytest.mark.usefixtures("offline")
 
-STRATEGIES = ("transformers:dynamic", "growing", "transformers:static", "kvplug:static")
 FLAKY = """
 import pathlib
 
@@ -32,12 +32,6 @@ def build(config, max_cache_len):
 @pytest.fixture
 def drift(config):
     return replace(config, suite="drift", strategies=STRATEGIES, windows=1)
-
-
-def figures(folder):
-    """All that the rows say but when."""
-    rows = report.read(folder)[2]
-    return [{name: value for name, value in row.items() if name != "time"} for row in rows]
 
 
 @pytest.fixture
@@ -89,7 +83,7 @@ def test_a_last_line_that_was_cut_off_is_dropped(left, drift, tmp_path, console,
     path = folder / "rows.jsonl"
     text = path.read_text()
     path.write_text(text[:-left])
-    assert len(report.read(folder)[2]) == len(unbroken) - 1
+    assert len(read(folder)[2]) == len(unbroken) - 1
     assert run(drift, tmp_path / "unbroken", console)
     assert figures(folder) == unbroken
 
@@ -142,7 +136,7 @@ def test_what_failed_is_tried_again(drift, tmp_path, console, add_rival, monkeyp
     mark.touch()
     assert run(drift, tmp_path / "out", console)
     (folder,) = (tmp_path / "out").iterdir()
-    rows = report.read(folder)[2]
+    rows = read(folder)[2]
     assert not [row for row in rows if row["status"] == "failed"]
     names = list(dict.fromkeys(row["strategy"] for row in rows))
     assert names[:3] == ["transformers:dynamic", "flaky:cache", "growing"], "in order all the same"

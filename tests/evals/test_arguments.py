@@ -1,29 +1,12 @@
+import re
+
 import pytest
 
 from evals import suites
 from evals.__main__ import main
-from evals.setup.config import Config, ConfigError, gather, split_specs
-from evals.setup.contenders import EXACT, Rival, Strategy, resolve
-
-
-@pytest.mark.parametrize(
-    ("field", "value", "said"),
-    [
-        ("windows", 0, "windows=0: accepted are whole numbers from 1"),
-        ("context", (1,), "context=1: accepted are whole numbers from 2"),
-        ("context", (10**20,), "100,000,000,000,000,000,000 tokens of text would be needed"),
-        ("skip", 2047, "skip=2047: accepted are 0 to 2046, two less than window"),
-        ("threads", 0, "threads=0: accepted are whole numbers from 1"),
-        ("dtype", "bfloat61", "unknown dtype 'bfloat61'. Did you mean 'bfloat16'? Known: float32,"),
-        ("strategies", (), "strategies is empty"),
-        ("batch", (), "batch is empty"),
-        ("suite", "decod", "unknown suite 'decod'. Did you mean 'decode'? Known: decode, drift,"),
-    ],
-)
-def test_a_value_that_cannot_be_is_named_with_what_is_accepted(field, value, said):
-    with pytest.raises(ConfigError) as caught:
-        Config(**{field: value})
-    assert said in str(caught.value)
+from evals.arguments import gather, split_specs
+from evals.run import run
+from evals.setup.config import Config, ConfigError
 
 
 def test_commas_inside_parentheses_do_not_split():
@@ -33,40 +16,6 @@ def test_commas_inside_parentheses_do_not_split():
         spec,
         "sinks(sinks=4, window=60)+int8",
     ]
-
-
-def test_the_key_depends_on_every_field():
-    assert Config().key == Config().key
-    assert len({Config().key, Config(windows=3).key, Config(strategies=("int4",)).key}) == 3
-
-
-def test_the_exact_cache_comes_first_and_nothing_twice():
-    rows = resolve(["int8", "static", "dynamic", "int8", "transformers:static"])
-    assert rows == [
-        Rival(EXACT, "evals.rivals.transformers_dynamic"),
-        Strategy("int8"),
-        Strategy("kvplug:static"),
-        Rival("transformers:static", "evals.rivals.transformers_static"),
-    ]
-    assert "int8" in rows[1].spec
-    assert len(rows[1].spec) > len("int8"), "the defaults are written out"
-
-
-@pytest.mark.parametrize(
-    ("name", "said"),
-    [
-        ("imt8", "Did you mean 'int8'?"),
-        ("int4+int8", "two stages"),
-        ("transformers:statik", "Did you mean 'transformers:static'?"),
-    ],
-)
-def test_an_unknown_strategy_ends_the_run_before_the_model_is_loaded(
-    name, said, monkeypatch, capsys
-):
-    monkeypatch.setattr("evals.setup.model.load", lambda *_: pytest.fail("the model was loaded"))
-    monkeypatch.setattr("evals.setup.data.load", lambda *_: pytest.fail("the data was loaded"))
-    assert main(["run", "--strategies", f"int8,{name}"]) == 2
-    assert said in capsys.readouterr().err
 
 
 def test_list_names_rows_and_metrics(capsys):
@@ -140,3 +89,14 @@ def test_a_folder_is_no_config(tmp_path):
     (tmp_path / "env.json").touch()
     with pytest.raises(ConfigError, match="is a result folder, which `report` renders"):
         gather(tmp_path, {})
+
+
+def test_an_unknown_suite_is_refused_by_whoever_asks_for_it(tmp_path, console):
+    said = "unknown suite 'decod'. Did you mean 'decode'? Known: decode, drift,"
+    for ask in (
+        lambda: gather(None, {"suite": "decod"}),
+        lambda: suites.get("decod"),
+        lambda: run(Config(suite="decod"), tmp_path, console),
+    ):
+        with pytest.raises(ConfigError, match=re.escape(said)):
+            ask()

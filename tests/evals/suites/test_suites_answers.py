@@ -4,26 +4,19 @@ import json
 from dataclasses import replace
 
 import pytest
-from test_evals_retrieval import Words
+import tiny_run
 
-from evals.report import render as report
 from evals.run import run
 from evals.setup.config import Config, ConfigError
-from evals.suites import full, generation, use_cache
+from evals.suites import full, use_cache
 
 pytestmark = pytest.mark.usefixtures("offline")
-
-
-def start(config, tmp_path, console):
-    assert run(config, tmp_path / "out", console), console.file.getvalue()
-    (folder,) = (tmp_path / "out").iterdir()
-    return folder, report.read(folder)[2]
 
 
 def test_generation_end_to_end(config, tmp_path, console):
     rows = ("growing", "int2", "transformers:static")
     config = replace(config, suite="generation", strategies=rows, batch=(3,), new_tokens=12)
-    folder, rows = start(config, tmp_path, console)
+    folder, rows = tiny_run.measured(config, tmp_path / "out", console)
     figure = {(r["strategy"], r["metric"]): r for r in rows}
     perfect = {"greedy": 12, "edit_distance": 0, "exact_match": 1}
     for name in ("transformers:dynamic", "growing", "transformers:static"):
@@ -39,20 +32,9 @@ def test_generation_end_to_end(config, tmp_path, console):
     assert "edit distance" in (folder / "table.md").read_text()
 
 
-def test_words_are_scored_as_published():
-    import evaluate
-
-    said, meant = "the cat sat on the mat", "the cat lay on a mat"
-    both = {"predictions": [said, meant], "references": [meant, meant]}
-    metrics = [evaluate.load(str(generation.METRICS / name)) for name in generation.WORDS]
-    exact, rouge = (metric.compute(**both) for metric in metrics)
-    assert exact == {"exact_match": 0.5}
-    assert rouge == pytest.approx({"rouge1": (4 / 6 + 1) / 2, "rougeL": (4 / 6 + 1) / 2})
-
-
 def test_use_cache_end_to_end(config, tmp_path, console):
     config = replace(config, suite="use_cache", strategies=("growing",), context=(24, 12))
-    folder, rows = start(config, tmp_path, console)
+    folder, rows = tiny_run.measured(config, tmp_path / "out", console)
     figure = {(r["strategy"], r["metric"], r["context"]): r for r in rows}
     for name in ("transformers:dynamic", "growing", "control:recompute", "control:same"):
         for length in (12, 24):
@@ -66,9 +48,7 @@ def test_use_cache_end_to_end(config, tmp_path, console):
 def test_a_cache_that_fails_leaves_the_others_their_exponents(config, tmp_path, console, add_rival):
     add_rival("refusing:always", "def build(config, length):\n    raise RuntimeError('no card')\n")
     config = replace(config, suite="use_cache", strategies=("refusing:always",), context=(4, 8))
-    assert not run(config, tmp_path / "out", console)
-    (folder,) = (tmp_path / "out").iterdir()
-    rows = report.read(folder)[2]
+    _, rows = tiny_run.measured(config, tmp_path / "out", console, ok=False)
     assert [r["strategy"] for r in rows if r["status"] == "failed"] == ["refusing:always"]
     assert sum(r["metric"] == "exponent" for r in rows) == 3
 
@@ -90,23 +70,19 @@ SIZES = {
 
 
 @pytest.fixture
-def whole(config, tiny, monkeypatch):
+def whole(config, words, monkeypatch):
     """Return a run of all parts, each small."""
     monkeypatch.setattr(full, "PARTS", SIZES)
-    tokenizer = Words()
-    tokenizer.batch_decode = lambda ids: [tokenizer.text(row) for row in ids.tolist()]
-    tokenizer.text = lambda ids: " ".join(map(str, ids))
-    monkeypatch.setattr("evals.setup.model.load", lambda *_: (tiny, tokenizer, "tiny sha256:0"))
     letters = "abcdefghijklmnopqrstuvwxyz"
-    words = [letters[i : i + 5] for i in range(22)] + [letters[i : i + 6] for i in range(21)]
+    found = [letters[i : i + 5] for i in range(22)] + [letters[i : i + 6] for i in range(21)]
     with open(config.dataset, "a", encoding="utf-8") as book:
-        book.write("\n".join(" ".join(words) for _ in range(20)))
+        book.write("\n".join(" ".join(found) for _ in range(20)))
     sizes = {"window": 192, "chunk": 16, "skip": 20, "threads": 1}
     return Config(suite="full", dataset=config.dataset, strategies=("int8",), **sizes)
 
 
 def test_full_end_to_end(whole, tmp_path, console):
-    folder, rows = start(whole, tmp_path, console)
+    folder, rows = tiny_run.measured(whole, tmp_path / "out", console)
     assert list(dict.fromkeys(r["suite"] for r in rows if r["strategy"] == "int8")) == [
         name for name in SIZES if name != "use_cache"
     ]

@@ -1,23 +1,16 @@
-"""Every suite end to end on a tiny model, and what they are made of."""
+"""Suites end to end on a tiny model: decode, kernel, memory, drift and prefill."""
 
 import itertools
 from dataclasses import replace
 
 import pytest
-import torch
+import tiny_run
 from transformers import cache_utils
 
 from evals import suites
 from evals.measure import energy
-from evals.measure.clock import step
-from evals.measure.fill import Filler
-from evals.measure.interleave import race, speedup
-from evals.measure.memory import held_bytes
-from evals.report import render as report
-from evals.rows.noise import Noise
 from evals.rows.schema import Row, measured
-from evals.run import run
-from evals.setup.contenders import EXACT, Strategy, resolve
+from evals.setup.contenders import EXACT
 
 pytestmark = pytest.mark.usefixtures("offline")
 
@@ -26,9 +19,7 @@ FP8 = ("transformers:fp8",) if hasattr(cache_utils, "Fp8QuantizedLayer") else ()
 
 
 def start(config, tmp_path, console, ok=True):
-    assert run(config, tmp_path / "out", console) is ok, console.file.getvalue()
-    (folder,) = (tmp_path / "out").iterdir()
-    rows = report.read(folder)[2]
+    folder, rows = tiny_run.measured(config, tmp_path / "out", console, ok)
     assert all(set(row) == set(Row.__annotations__) for row in rows)
     return rows, (folder / "table.md").read_text()
 
@@ -86,28 +77,8 @@ def test_decode_counts_joules_where_the_machine_does(config, tmp_path, console, 
     assert "energy, J/token ↓, batch 2" in table
 
 
-def test_a_processor_s_joules(tmp_path, monkeypatch):
-    """Packages count, their parts do not, and a counter starts again at its range."""
-    monkeypatch.setattr(energy, "POWERCAP", tmp_path)
-    assert energy.meter(torch.device("cpu")) is None
-    for name in ("intel-rapl", "intel-rapl:0", "intel-rapl:1", "intel-rapl:0:0"):
-        (tmp_path / name).mkdir()
-        if ":" in name:
-            (tmp_path / name / "energy_uj").write_text("7000000\n")
-            (tmp_path / name / "max_energy_range_uj").write_text("9000000\n")
-    joules = energy.meter(torch.device("cpu"))
-    assert joules() == 0
-    (tmp_path / "intel-rapl:0" / "energy_uj").write_text("1000000\n")
-    (tmp_path / "intel-rapl:0:0" / "energy_uj").write_text("8000000\n")
-    assert joules() == 3
-    (tmp_path / "intel-rapl:1" / "energy_uj").write_text("7500000\n")
-    assert joules() == 3.5
-    (tmp_path / "intel-rapl:1" / "energy_uj").unlink()
-    assert energy.meter(torch.device("cpu")) is None
-
-
 def test_decode_says_which_caches_do_not_fit(config, tmp_path, console, monkeypatch):
-    monkeypatch.setattr("evals.suites.decode.free_bytes", lambda device: 780_000)
+    monkeypatch.setattr("evals.measure.memory.free_bytes", lambda device: 780_000)
     config = replace(config, suite="decode", strategies=("int8",), context=(512,))
     rows, _ = start(config, tmp_path, console)
     said = {row["strategy"]: row["note"] for row in rows if row["value"] is None}
@@ -117,7 +88,7 @@ def test_decode_says_which_caches_do_not_fit(config, tmp_path, console, monkeypa
 
 def test_kernel_end_to_end(config, tmp_path, console, monkeypatch):
     kernel = suites.get("kernel")
-    monkeypatch.setattr(kernel, "SHAPES", (kernel.Shape(2, 3, 16),))
+    monkeypatch.setattr(kernel, "HEADS", (kernel.Heads(2, 3, 16),))
     monkeypatch.setattr(kernel, "LAYERS", 3)
     monkeypatch.setattr(kernel, "EVICT", 1 << 16)
     monkeypatch.setattr("evals.setup.model.load", lambda *_: pytest.fail("it needs no model"))
@@ -181,8 +152,8 @@ def test_a_suite_is_one_file(config, tmp_path, console, monkeypatch):
         "from evals.rows.tables import by_strategy\n"
         "from evals.rows.task import Task\n"
         "DEFAULTS, NEEDS = {}, set()\n"
-        "def tasks(bench):\n"
-        "    s = bench.strategies[0]\n"
+        "def tasks(session):\n"
+        "    s = session.contenders[0]\n"
         "    yield Task('mine', 'mine', s, lambda: iter([measured('kl', 1.0)]), 1.0)\n"
         "    yield Task('none', 'none', s, lambda: iter([]), 1.0)\n"
         "def tables(config, rows):\n"
@@ -193,62 +164,3 @@ def test_a_suite_is_one_file(config, tmp_path, console, monkeypatch):
     assert "1.000000" in table
     assert [row["error"] for row in rows] == [None, "RuntimeError: the task measured nothing"]
     assert [row["task"] for row in rows] == ["mine", "none"]
-
-
-def test_a_filled_cache_is_as_one_that_was_prefilled(tiny):
-    filler = Filler(tiny, 0)
-    prompt = torch.randint(3, 128, (1, 144), generator=torch.Generator().manual_seed(0))
-    for strategy in resolve(["growing", "int8", "transformers:static", "window(length=64)"]):
-        filled, true = (strategy.build(tiny.config, 160) for _ in range(2))
-        filler.fill(filled, 1, 144)
-        step(tiny, true, prompt)
-        assert filled.get_seq_length() == 144
-        for ours, theirs in zip(filled.layers, true.layers, strict=True):
-            assert ours.keys.shape == theirs.keys.shape
-            assert ours.keys.dtype == theirs.keys.dtype
-        assert held_bytes(filled) == held_bytes(true)
-        exact_length = strategy.build(tiny.config, 144)
-        filler.fill(exact_length, 1, 144)
-        assert filler.stored_bytes(strategy, 144) == held_bytes(exact_length)
-
-
-def test_a_race_alternates_and_goes_on_without_those_that_fall():
-    order = []
-    a, b, c = (Strategy(name) for name in "abc")
-
-    def runner(name):
-        def lap():
-            order.append(name)
-            if name == "b" and len(order) > 3:
-                raise RuntimeError("out")
-            return [float(len(order))]
-
-        return lap
-
-    laps = race({s: runner(s.name) for s in (a, b, c)}, 3, lambda: None)
-    assert "".join(order) == "abccbaac"
-    assert isinstance(laps[b], RuntimeError)
-    assert len(laps[a]) == len(laps[c]) == 3
-    assert speedup([[2.0], [4.0]], [[4.0, 4.0], [4.0]])["value"] == 1.5
-    assert speedup([[1.0]], RuntimeError()) is None
-
-
-def test_noise_is_what_the_reference_differs_from_itself():
-    def row(name, metric, value, context=8):
-        place = {"strategy": name, "batch": 1, "context": context, "case": None}
-        return measured(metric, value) | place
-
-    rows = [
-        row(EXACT, "decode", 100.0),
-        row("control:same", "decode", 104.0),
-        row("near", "decode", 97.0),
-        row("far", "decode", 80.0),
-        row(EXACT, "decode", 100.0, 16),
-        row("near", "decode", 97.0, 16),
-    ]
-    noise = Noise(rows)
-    flags = [noise.flag(r, r["value"] / 100) for r in rows]
-    assert flags == ["", "", " ≈", "", "", " ≈"], "where it is not known, the typical noise"
-    assert "decode by 4.0 %" in noise.lines()[0]
-    assert Noise(rows[2:]).lines() == []
-    assert Noise(rows[2:]).flag(rows[2], 1.01) == ""
