@@ -18,6 +18,7 @@ EXAMPLES = """examples:
   python -m evals run
   python -m evals run --suite decode --context 2048,6000 --batch 1
   python -m evals run --strategies int4,sinks(sinks=4, window=1020)+int8 --context 6000
+  python -m evals run --suite decode --model shape:llama-1b --dtype bfloat16 --context 4096
   python -m evals run config.toml --model Qwen/Qwen3-0.6B --dry-run
   python -m evals report results/* --html report.html
   python -m evals compare results/OLD results/NEW
@@ -150,6 +151,7 @@ def listing(given: dict[str, Any], console: Console) -> int:
     """Show suites, rows and metrics."""
     from evals import rivals, suites
     from evals.rows.schema import METRICS
+    from evals.setup import shapes
 
     def say(text: str) -> None:
         console.print(text, highlight=False, markup=False)
@@ -159,6 +161,7 @@ def listing(given: dict[str, Any], console: Console) -> int:
     say("rows by default: " + ", ".join(Config.strategies))
     say("rivals: " + ", ".join(rivals.modules()))
     say("any kvplug strategy is a row too: `kvplug list`")
+    say("models of random weights: " + ", ".join(shapes.PREFIX + shape for shape in shapes.SHAPES))
     for name, metric in METRICS.items():
         say(f"{name:17} {metric.unit:9} {metric.better:7} {metric.doc}")
     return 0

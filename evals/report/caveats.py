@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from evals.report.runs import short
 from evals.rows.noise import INSIDE, TIMED
+from evals.setup import shapes
 from evals.setup.control import LEAST_KL, MOST_KL, SAME, Broken, Plain
 
 if TYPE_CHECKING:
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from evals.rows.schema import Row
 
 CONTROLS = (Broken.name, Plain.name, SAME)  # in tables, not in charts or the summary
+QUALITY = ("kl", "greedy", "retrieval")  # one of what suites say that depends on the weights
 COMPARED = ("hardware", "threads", "git", "model", "dataset")  # of the environment
 
 
@@ -44,6 +46,13 @@ def _of(run: Run) -> Iterator[Caveat]:
             False,
             f"{run.title}: the reference was not measured twice, so the noise is unknown; "
             f"{INSIDE} marks speeds whose spread (p20 to p80) overlaps the reference's.",
+        )
+    senseless = (run.env["model"] or "").startswith(shapes.PREFIX)
+    if senseless and any(row["metric"] in QUALITY for row in run.rows):
+        yield Caveat(
+            False,
+            f"{run.title}: the model's weights are random: bytes and speed are those of its shape, "
+            "drift and answers mean nothing.",
         )
     if (run.env["git"] or "").endswith("-dirty"):
         yield Caveat(False, f"{run.title}: measured with uncommitted changes ({run.env['git']}).")

@@ -43,8 +43,8 @@ class Config:
     suite: str = setting("quick", "what to measure: see `python -m evals list`")
     model: str = setting(
         "packaged",
-        "packaged (SmolLM2-135M-Instruct), a Hub id, a local folder, or shape:llama-1b and others: "
-        "random weights",
+        "packaged (SmolLM2-135M-Instruct), a Hub id, a local folder; or a real model's sizes with "
+        "random weights, for speed and memory: shape:llama-1b, shape:llama-8b",
     )
     dataset: str | None = setting(
         None,

@@ -76,3 +76,14 @@ def test_what_was_not_checked_is_said(folders, tmp_path):
     assert any("the noise is unknown" in text for text in told)
     told = [caveat.text for caveat in caveats(load(folders))]
     assert [text.rpartition("failed: ")[2] for text in told] == [f"RuntimeError: {made.ERROR}"]
+
+
+def test_drift_of_random_weights_is_told_to_mean_nothing(folders):
+    said = "the model's weights are random"
+    assert not any(said in caveat.text for caveat in caveats(load(folders)))
+    for folder in folders:
+        env = json.loads((folder / "env.json").read_text())
+        env["model"] = "shape:llama-1b, random weights of seed 0"
+        (folder / "env.json").write_text(json.dumps(env))
+    told = [caveat.text for caveat in caveats(load(folders)) if said in caveat.text]
+    assert [text.split(" · ")[0] for text in told] == ["drift", "retrieval"], "not decode, memory"

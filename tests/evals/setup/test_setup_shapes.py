@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from evals.__main__ import main
 from evals.setup import model, shapes
 from evals.setup.config import ConfigError
 
@@ -31,3 +32,13 @@ def test_an_unknown_shape_says_the_nearest():
         ConfigError, match=r"unknown shape 'shape:lama-1b'\. Did you mean 'shape:llama-1b'"
     ):
         model.load("shape:lama-1b", "float32")
+
+
+def test_help_and_list_name_every_shape(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "1000")  # lines of help are broken at hyphens
+    with pytest.raises(SystemExit):
+        main(["run", "--help"])
+    told = " ".join(capsys.readouterr().out.split())
+    assert main(["list"]) == 0
+    for text in (told, " ".join(capsys.readouterr().out.split())):
+        assert all(f"shape:{name}" in text for name in shapes.SHAPES)
