@@ -133,9 +133,9 @@ def report(given: dict[str, Any], console: Console) -> int:
 def compare(given: dict[str, Any], console: Console) -> int:
     """Show the figures of two runs."""
     from evals.report.compare import compare
-    from evals.report.render import show
+    from evals.report.render import show_table
 
-    show(compare(*folders(given)), console)
+    show_table(compare(*folders(given)), console)
     return 0
 
 

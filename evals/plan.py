@@ -65,11 +65,11 @@ def show(session: Session, tasks: list[Task], folder: Path, console: Console) ->
         f"{len(tasks)} tasks, {duration(tasks)} and {peak / 1e9:.2f} GB on top of the "
         f"model, predicted from a step of each strategy. Would write {folder}."
     )
-    render.show(Table("plan", ["task", "measures", "s", "MB"], body, [said]), console)
+    render.show_table(Table("plan", ["task", "measures", "s", "MB"], body, [said]), console)
     show_forecast(session, console)
 
 
 def show_forecast(session: Session, console: Console) -> None:
     """Show what the suite says before measuring."""
     for table in suites.forecast(session.config.suite, session):
-        render.show(table, console)
+        render.show_table(table, console)

@@ -46,7 +46,7 @@ def run(
     if not here.is_main_process:
         console = Console(quiet=True)
     with here.main_process_first():  # fetching a model and timing the machine disturb each other
-        session = Session.prepare(config, suite.NEEDS, suites.tokens(config), console)
+        session = Session.prepare(config, suite.NEEDS, suites.tokens_needed(config), console)
         tasks = list(suite.tasks(session))
     config = session.config
     folder = out / config.key

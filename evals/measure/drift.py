@@ -104,7 +104,7 @@ def measure(
     return {name: torch.stack([w[name] for w in whole]).numpy() for name in whole[0]}
 
 
-def summary(positions: dict[str, np.ndarray]) -> dict[str, float]:
+def overall(positions: dict[str, np.ndarray]) -> dict[str, float]:
     """Return what the kv_drift metric says of positions."""
     return metrics.load("kv_drift").compute(**{name: x.ravel() for name, x in positions.items()})
 
@@ -114,8 +114,8 @@ def rows(
 ) -> Iterator[dict[str, Any]]:
     """Yield the measured rows of positions first:last, counted from `skip`; spread over windows."""
     part = {name: x[:, first:last] for name, x in positions.items()}
-    whole = summary(part)
-    each = [summary({name: x[i] for name, x in part.items()}) for i in range(len(part["kl"]))]
+    whole = overall(part)
+    each = [overall({name: x[i] for name, x in part.items()}) for i in range(len(part["kl"]))]
     note = f"over {whole['positions']} positions; spread over {len(each)} windows"
     for name in ("perplexity", "perplexity_delta", "kl", "top1"):
         yield measured(name, *(one[name] for one in each), value=whole[name], note=note)

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from evals.setup.contenders import Contender
 
 
-def tokens(
+def continuation(
     model: PreTrainedModel, contender: Contender, prompt: torch.Tensor, count: int
 ) -> torch.Tensor:
     """Generate exactly `count` tokens [B, count] after prompt [B, T], greedily."""

@@ -141,7 +141,7 @@ class Session:
     def greedy_tokens(self, contender: Contender) -> torch.Tensor:
         """Return what a contender says after the prompt: [B, new_tokens]."""
         prompt = self.prompt(self.config.batch[0], self.config.context[0])
-        return greedy.tokens(self.model, contender, prompt, self.config.new_tokens)
+        return greedy.continuation(self.model, contender, prompt, self.config.new_tokens)
 
     def cells(self) -> Iterator[tuple[int, int, str | None]]:
         """Yield batch, context and a note: contexts that the model can hold, longest last.

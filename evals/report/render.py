@@ -36,7 +36,7 @@ def render(folder: Path, console: Console) -> bool:
 
     console.print(folder.name, style="bold", highlight=False)
     for table in tables:
-        show(table, console)
+        show_table(table, console)
     for line in under:
         console.print(line, style="dim", highlight=False, markup=False)
     for name, stopped in failures.items():
@@ -47,7 +47,7 @@ def render(folder: Path, console: Console) -> bool:
     return not failures
 
 
-def show(table: Table, console: Console) -> None:
+def show_table(table: Table, console: Console) -> None:
     """Print a table."""
     console.print(table.title, style="italic", highlight=False, markup=False)
     grid = Grid(*table.head, box=SIMPLE, padding=(0, 1, 0, 0))

@@ -48,7 +48,7 @@ def reference(name: str) -> str:
     return getattr(get(name), "REFERENCE", EXACT)
 
 
-def tokens(config: Config) -> int:
+def tokens_needed(config: Config) -> int:
     """Return the tokens of text that a run cannot do without, in all of its parts."""
     return max(part.tokens for part in parts(config).values())
 

@@ -70,7 +70,7 @@ def drifted(
 ) -> Iterator[dict[str, Any]]:
     """Yield a contender's drift; raise if it is a control and says that nothing can be trusted."""
     positions = session.drift(contender)
-    result = measuring.summary(positions)
+    result = measuring.overall(positions)
     if contender.name == EXACT:
         control.check_exact(result)
     if isinstance(contender, control.Broken):
@@ -98,7 +98,7 @@ def seconds(session: Session, contender: Contender) -> float:
     return times * session.config.windows * session.predict.chunks(contender, session.config.window)
 
 
-def caption(config: dict[str, Any]) -> str:
+def method(config: dict[str, Any]) -> str:
     """Return how drift was measured."""
     return (
         f"Drift: {config['windows']} windows of {config['window']} tokens, fed {config['chunk']} "
@@ -109,10 +109,10 @@ def caption(config: dict[str, Any]) -> str:
 def tables(config: dict[str, Any], rows: list[Row]) -> list[Table]:
     """Return a table over all positions, and one of KL by position."""
     whole = by_strategy("", [row for row in rows if not row["case"]])
-    return [whole._replace(notes=[caption(config)]), by_position(rows)]
+    return [whole._replace(notes=[method(config)]), kl_by_range(rows)]
 
 
-def by_position(rows: list[Row]) -> Table:
+def kl_by_range(rows: list[Row]) -> Table:
     """Return KL per contender and range of positions."""
     found = {
         (row["strategy"], row["case"]): row["value"]

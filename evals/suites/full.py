@@ -63,11 +63,11 @@ def tasks(session: Session) -> Iterator[Task]:
         part = session.part(config)
         place = {"suite": name, "batch": config.batch[0], "context": config.context[0]}
         *early, last = suites.get(name).tasks(part)
-        for task in (*early, replace(last, rows=lambda t=last, p=part: rows(t, p))):
+        for task in (*early, replace(last, rows=lambda t=last, p=part: rows_then_free(t, p))):
             yield replace(task, place=place)
 
 
-def rows(last: Task, part: Session) -> Iterator[dict[str, Any]]:
+def rows_then_free(last: Task, part: Session) -> Iterator[dict[str, Any]]:
     """Yield the rows of a part's last task, and free what the part kept."""
     yield from last.rows()
     part.forget()

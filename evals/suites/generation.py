@@ -34,7 +34,7 @@ def tasks(session: Session) -> Iterator[Task]:
     @cache
     def exact(batch: int, context: int) -> torch.Tensor:
         prompt = session.prompt(batch, context)
-        return greedy.tokens(session.model, session.contenders[0], prompt, steps)
+        return greedy.continuation(session.model, session.contenders[0], prompt, steps)
 
     for batch in session.config.batch:
         for context in session.config.context:
@@ -59,7 +59,7 @@ def measure(
 ) -> Iterator[dict[str, Any]]:
     """Yield what continuations of `batch` prompts have in common with the exact cache's."""
     prompt = session.prompt(batch, context)
-    ours = greedy.tokens(session.model, contender, prompt, session.config.new_tokens)
+    ours = greedy.continuation(session.model, contender, prompt, session.config.new_tokens)
     theirs = exact(batch, context)
     texts, references = (session.tokenizer.batch_decode(ids) for ids in (ours, theirs))
     session.save(

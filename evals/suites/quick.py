@@ -46,7 +46,7 @@ def tasks(session: Session) -> Iterator[Task]:
         return before + session.predict.answer(contender, batch, context, steps)
 
     def one(contender: Contender) -> Iterator[dict[str, Any]]:
-        yield from timed(session, contender)
+        yield from prefilled(session, contender)
         yield from drift.drifted(session, contender)
         tokens = session.greedy_tokens(contender)
         yield greedy.agreement(tokens, session.exact_tokens)
@@ -66,7 +66,7 @@ def tasks(session: Session) -> Iterator[Task]:
         )
     yield from drift.controls(session, "quick")
     same = control.Same()
-    yield Task("quick/same", same.name, same, lambda: timed(session, same), timing(same), size)
+    yield Task("quick/same", same.name, same, lambda: prefilled(session, same), timing(same), size)
     contenders = [*session.contenders, same]
     yield Task(
         "quick/decode",
@@ -79,7 +79,7 @@ def tasks(session: Session) -> Iterator[Task]:
     )
 
 
-def timed(session: Session, contender: Contender) -> Iterator[dict[str, Any]]:
+def prefilled(session: Session, contender: Contender) -> Iterator[dict[str, Any]]:
     """Yield prefill and peak memory of one contender."""
     config = session.config
     prompt = session.prompt(config.batch[0], config.context[0])
@@ -101,6 +101,6 @@ def tables(config: dict[str, Any], rows: list[Row]) -> list[Table]:
         f"{config['repeats']} rounds of {config['decode_steps']} steps after {config['warmup']} of "
         "warm-up, all strategies in one loop. Held: after such a round. Peak memory: "
         f"{', '.join(map(str, how))}. Greedy: of {config['new_tokens']} tokens.",
-        drift.caption(config),
+        drift.method(config),
     ]
     return [table._replace(notes=said + table.notes)]

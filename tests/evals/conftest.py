@@ -79,7 +79,7 @@ def needles(tmp_path: Path) -> Config:
 @pytest.fixture
 def session(needles: Config, words: small.Words, console: Console) -> Session:
     """Return the session of that run."""
-    return Session.prepare(needles, retrieval.NEEDS, suites.tokens(needles), console)
+    return Session.prepare(needles, retrieval.NEEDS, suites.tokens_needed(needles), console)
 
 
 @pytest.fixture

@@ -19,12 +19,12 @@ if TYPE_CHECKING:
 
 NEAR = (0.15, 0.35)  # share of the width, decades: marks this close share one label
 LINE = 14  # pixels
-METRICS = ("bytes_held", "kl", "decode")
+SHOWN = ("bytes_held", "kl", "decode")
 
 
 def pareto(runs: list[Run], names: list[str], key: str) -> Chart | None:
     """Return the picture of runs that belong together, if they have bytes, drift and speed."""
-    found = [headline(runs, metric) for metric in METRICS]
+    found = [headline(runs, metric) for metric in SHOWN]
     if not all(found):
         return None
     marks = [
@@ -34,14 +34,14 @@ def pareto(runs: list[Run], names: list[str], key: str) -> Chart | None:
     ]
     at = "; ".join(
         f"{ABOUT[name]} from {one.run.title}, {where(one.exact)}"
-        for name, one in zip(METRICS, found, strict=True)
+        for name, one in zip(SHOWN, found, strict=True)
     )
     caption = (
         f"Toward the lower left is better; the area of a mark is its decode speed. {at}. "
         f"A KL up to {KL_FLOOR:g} nat is drawn on the line “exact”."
     )
     title = "Bytes held, drift and speed"
-    metrics = [(one.run.number, name) for one, name in zip(found, METRICS, strict=True)]
+    metrics = [(one.run.number, name) for one, name in zip(found, SHOWN, strict=True)]
     return Chart(key, title, caption, _spec(marks, names, title), metrics)
 
 

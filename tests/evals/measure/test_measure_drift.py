@@ -27,7 +27,7 @@ def measure(tiny, exact, windows, config):
 
     def measure(contender):
         positions = drift.measure(tiny, contender, windows, kept, config, lambda: None)
-        return drift.summary(positions)
+        return drift.overall(positions)
 
     return measure
 
@@ -55,7 +55,7 @@ def test_perplexity_is_that_of_a_plain_forward_with_labels(
     with torch.no_grad():
         loss = tiny(input_ids=windows, labels=labels, use_cache=False).loss.item()
     kept = drift.exact_predictions(tiny, exact, windows, config, lambda: None)
-    result = drift.summary(drift.measure(tiny, exact, windows, kept, config, lambda: None))
+    result = drift.overall(drift.measure(tiny, exact, windows, kept, config, lambda: None))
     assert drift.exact_perplexity(kept, windows, config) == pytest.approx(result["perplexity"])
     assert drift.plain_perplexity(tiny, windows, config) == pytest.approx(np.exp(loss), rel=1e-4)
     assert result["perplexity"] == pytest.approx(np.exp(loss), rel=1e-4)
@@ -65,7 +65,7 @@ def test_perplexity_is_that_of_a_plain_forward_with_labels(
 def test_one_forward_would_not_have_seen_the_broken_cache(tiny, exact, windows, config):
     config = replace(config, chunk=config.window)
     kept = drift.exact_predictions(tiny, exact, windows, config, lambda: None)
-    blind = drift.summary(drift.measure(tiny, Broken(), windows, kept, config, lambda: None))
+    blind = drift.overall(drift.measure(tiny, Broken(), windows, kept, config, lambda: None))
     assert blind["kl"] < 1e-9, "which is why text is fed in chunks"
     with pytest.raises(control.SelfCheckFailed, match="the broken codec shows a KL of only"):
         control.check_broken(blind)
