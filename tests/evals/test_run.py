@@ -170,7 +170,7 @@ def test_a_failed_write_stops_the_run(where, config, tmp_path, console, monkeypa
 
 
 def test_a_control_that_shows_no_drift_fails_the_run(config, tmp_path, console, monkeypatch):
-    monkeypatch.setattr("evals.setup.control.BrokenCodec.encode", Int2.encode)
+    monkeypatch.setattr("evals.setup.control.BrokenCodec.encode_side", Int2.encode_side)
     monkeypatch.setattr("evals.setup.control.LEAST_KL", 9.0)
     ok, _, (_, _, rows) = start(replace(config, suite="drift"), tmp_path / "out", console)
     assert not ok
