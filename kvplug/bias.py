@@ -51,7 +51,7 @@ def refusals(config: PreTrainedConfig, strategy: Strategy) -> tuple[str | None, 
     )
     # newer BLOOMs ask the cache for its columns where nothing is padded
     if bloom and hasattr(compat.modeling(config), "_get_alibi_slopes"):
-        if compiled and strategy.codec.name == "exact":
+        if compiled and not strategy.is_coded:
             return None, None  # the mask is padded to all room
         return None, f"{why}: for rows of unlike length use full+growing, or one row at a time"
     return f"{why}: use full+growing", None

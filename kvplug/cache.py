@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import transformers
 
-from . import bias, compat
+from . import bias
 from .compat import (
     KNOWN_LAYERS,
     THEIR_NAMES,
@@ -21,7 +21,6 @@ from .compat import (
     LinearAttentionLayer,
 )
 from .errors import CacheOverflow, Mismatch, SpecError
-from .kernels.reference import Reference
 from .layers.base import AttentionLayer, Slot
 from .layers.combined import with_state
 from .layers.probe import positions_depend_on_images
@@ -248,19 +247,12 @@ def build(
         MissingExtra: an optional dependency is not installed.
     """
     strategy = parse(spec, cache_config) if isinstance(spec, str) else spec
-    if strategy.layout.name == "static" and strategy.layout.limit is None:
-        if max_cache_len is None:
-            raise SpecError(
-                f"{strategy}: 'static' needs max_cache_len, as an argument of build or of the spec"
-            )
-        strategy = strategy.replace(layout=type(strategy.layout)(max_cache_len=max_cache_len))
+    strategy = strategy.resolve(config, max_cache_len=max_cache_len)
     stats, place = Stats(), strategy.placement.open()
     text = config.get_text_config(decoder=True)
     never, unpadded_only = bias.refusals(text, strategy)
     if never:
         raise SpecError(never)
-    if compat.reads_dense_only(config):
-        strategy = _for_dense_reads(strategy)
     theirs = transformers.DynamicCache(config=config).layers
     _check_known(theirs, strategy, config)
     # what we do not serve stays transformers' own, of the kind that goes with the layout
@@ -270,26 +262,24 @@ def build(
     turn = _turns(strategy, config, theirs)
     layers = []
     for i, layer in enumerate(theirs):
-        slot = Slot(strategy, place, stats, getattr(layer, "sliding_window", None), turn.get(i))
+        own, window = strategy.at(i, len(theirs)), getattr(layer, "sliding_window", None)
+        slot = Slot(own, place, stats, window, turn.get(i), strategy.is_coded)
         layers.append(_layer(layer, slot) or stay[i])
-    coded = strategy.codec.name != "exact"
-    served = any(x.cuts_blocks or not coded for x in layers if isinstance(x, AttentionLayer))
-    if not served:
+    served = [
+        isinstance(x, AttentionLayer) and (x.cuts_blocks or not strategy.is_coded) for x in layers
+    ]
+    if not any(served):
         kinds = ", ".join(sorted({type(layer).__name__ for layer in theirs})) or "none"
         raise SpecError(
             f"{strategy}: {type(config).__name__} has no attention layer it could serve: {kinds}"
         )
+    for i, codec in strategy.named(len(theirs)).items():
+        if not served[i]:
+            raise SpecError(
+                f"{strategy}: {codec} cannot serve layer {i} of {type(config).__name__}, a "
+                f"{type(layers[i]).__name__}"
+            )
     return Cache(layers, strategy, stats, unpadded_only)
-
-
-def _for_dense_reads(strategy: Strategy) -> Strategy:
-    """A strategy whose layers return tensors and no views; SpecError where none can."""
-    if strategy.codec.name != "exact" or strategy.placement.name != "device":
-        raise SpecError(
-            f"{strategy}: attn_implementation='flex_attention' compiles attention, which reads "
-            "dense tensors only; choose 'sdpa', or a strategy with exact+device"
-        )
-    return strategy.replace(kernel=Reference())
 
 
 def _check_known(theirs: list, strategy: Strategy, config: PreTrainedConfig) -> None:

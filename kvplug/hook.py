@@ -24,7 +24,6 @@ from transformers import GenerationConfig, GenerationMixin
 from . import bias, compat
 from .cache import Cache, build, is_ours
 from .errors import KvplugError, SpecError, UnknownHost, UnknownStage
-from .layers.layout import Growing
 from .pair import Pair
 from .spec import parse
 
@@ -204,15 +203,13 @@ def _prepare(original: Any) -> Any:
                 f"{type(self).__name__} builds its own kind of cache: "
                 f"cache_implementation={name!r} cannot apply"
             )
-        strategy = parse(name, generation_config.cache_config)
-        if generation_config.is_assistant:
-            # one round of an assistant does not know how long the sequence will be
-            strategy = strategy.replace(layout=Growing())
-        cache = build(
-            strategy,
-            self.config.get_text_config(decoder=True),
+        config = self.config.get_text_config(decoder=True)
+        strategy = parse(name, generation_config.cache_config).resolve(
+            config,
             max_cache_len=max(reserve, generation_config.max_cache_len or 0),
+            open_ended=generation_config.is_assistant,
         )
+        cache = build(strategy, config)
         tell(cache)
         result = prepare(_without_ours(generation_config, static=False))
         theirs = cache_in(model_kwargs)

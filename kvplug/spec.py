@@ -2,8 +2,10 @@
 
 The grammar: stage names joined by `+`, at most one of each kind, each with optional keyword
 arguments written as Python literals. What is left out takes the default, in full
-`full+growing+exact+device+auto`. Between arguments `;` does for `,`, for programs that cut what
-they are given at every comma, as lm-evaluation-harness does: `sinks(sinks=4;window=1020)`.
+`full+growing+exact+device+auto`. `@` gives another codec to single layers: `int4+int8@(0, -1)` has
+8 bits in the first and in the last, 4 in all others. Between arguments `;` does for `,`, for
+programs that cut what they are given at every comma, as lm-evaluation-harness does:
+`sinks(sinks=4;window=1020)`.
 """
 
 from __future__ import annotations
@@ -12,21 +14,18 @@ import ast
 import dataclasses
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from . import registry
 from .errors import SpecError, unknown
+from .strategy import DEFAULTS, Strategy
 
 if TYPE_CHECKING:
     from .codecs.base import Codec
-    from .kernels.base import Kernel
-    from .layers.layout import Layout
-    from .placement.base import Placement
-    from .retention.base import Retention
     from .stage import Stage
 
 PREFIX = "kvplug:"
+RESERVED = "auto"  # as a spec of its own; the kernel of this name is part of others
 # Whole strategies under one name. The names without prefix belong to transformers in `generate`.
 PRESETS = {
     "kvplug:static": "static",
@@ -34,48 +33,8 @@ PRESETS = {
     "kvplug:quantized": "int4",
     "kvplug:offloaded": "host",
 }
-DEFAULTS = {
-    "retention": "full",
-    "layout": "growing",
-    "codec": "exact",
-    "placement": "device",
-    "kernel": "auto",
-}
-
-
 # a string literal, to be stepped over, or the semicolon that stands for a comma
 SEMICOLON = re.compile(r"""('(?:\\.|[^'\\])*'|"(?:\\.|[^"\\])*")|;""")
-
-
-@dataclass(frozen=True)
-class Strategy:
-    """One stage of each kind. `repr` is the spec in full, `str` the shortest; both parse back."""
-
-    retention: Retention
-    layout: Layout
-    codec: Codec
-    placement: Placement
-    kernel: Kernel
-
-    def __post_init__(self) -> None:
-        for stage in self.stages():
-            if reason := stage.conflict(self):
-                raise SpecError(f"{self}: {reason}")
-
-    def stages(self) -> list[Stage]:
-        """The five stages in the order of the pipeline."""
-        return [getattr(self, kind) for kind in registry.KINDS]
-
-    def replace(self, **stages: Stage) -> Strategy:
-        """The same strategy with some stages exchanged."""
-        return dataclasses.replace(self, **stages)
-
-    def __repr__(self) -> str:
-        return "+".join(map(repr, self.stages()))
-
-    def __str__(self) -> str:
-        words = [str(stage) for stage in self.stages() if str(stage) != DEFAULTS[stage.kind]]
-        return "+".join(words) or DEFAULTS["layout"]
 
 
 def parse(spec: str, arguments: dict[str, Any] | None = None) -> Strategy:
@@ -101,12 +60,28 @@ def parse(spec: str, arguments: dict[str, Any] | None = None) -> Strategy:
         )
     body = PRESETS.get(spec, spec.removeprefix(PREFIX))
     chosen: dict[str, tuple[type[Stage], dict[str, Any]]] = {}
-    for name, given in _terms(body, spec):
+    by_layer: list[tuple[Codec, tuple[int, ...]]] = []
+    terms = _terms(body, spec)
+    if [name for name, _, _ in terms] == [RESERVED]:
+        raise SpecError(
+            f"{spec!r} alone is reserved for a choice of the whole strategy; "
+            "write 'growing' for the default one"
+        )
+    for name, given, layers in terms:
         cls = registry.find(name)
+        if layers is not None:
+            if cls.kind != "codec":
+                raise SpecError(
+                    f"{spec!r}: only codecs are given to single layers, and {name!r} is of kind "
+                    f"{cls.kind}: write it without '@'"
+                )
+            by_layer.append((cls.make(given), layers))
+            continue
         if cls.kind in chosen:
+            hint = f", or give one to single layers: '{name}@0'" if cls.kind == "codec" else ""
             raise SpecError(
                 f"{spec!r}: two stages of kind {cls.kind}, "
-                f"{chosen[cls.kind][0].name!r} and {name!r}; give one"
+                f"{chosen[cls.kind][0].name!r} and {name!r}; give one{hint}"
             )
         chosen[cls.kind] = (cls, given)
     for kind, name in DEFAULTS.items():
@@ -116,11 +91,15 @@ def parse(spec: str, arguments: dict[str, Any] | None = None) -> Strategy:
         if name in chosen[cls.kind][1]:
             raise SpecError(f"{spec!r}: {name!r} is given twice, in the spec and as an argument")
         chosen[cls.kind] = (cls, chosen[cls.kind][1] | given)
-    return Strategy(**{kind: chosen[kind][0].make(chosen[kind][1]) for kind in registry.KINDS})
+    stages = {kind: chosen[kind][0].make(chosen[kind][1]) for kind in registry.KINDS}
+    return Strategy(**stages, by_layer=tuple(by_layer))
 
 
-def _terms(body: str, spec: str) -> list[tuple[str, dict[str, Any]]]:
-    """`a+b(x=1)` -> [("a", {}), ("b", {"x": 1})]; Python's parser reads, nothing is evaluated."""
+def _terms(body: str, spec: str) -> list[tuple[str, dict[str, Any], tuple[int, ...] | None]]:
+    """`a(x=1)+b@2` -> [("a", {"x": 1}, None), ("b", {}, (2,))].
+
+    Python's parser reads, nothing is evaluated.
+    """
 
     def fail(why: str) -> SpecError:
         return SpecError(
@@ -140,6 +119,15 @@ def _terms(body: str, spec: str) -> list[tuple[str, dict[str, Any]]]:
     nodes.append(node)
     terms = []
     for term in reversed(nodes):
+        layers = None
+        if isinstance(term, ast.BinOp) and isinstance(term.op, ast.MatMult):
+            layers = _layers(term.right)
+            if layers is None:
+                raise fail(
+                    f"after '@' stands the number of a layer, or several as in '@(0, -1)', not "
+                    f"{ast.unparse(term.right)!r}"
+                )
+            term = term.left
         name, call = (term.func, term) if isinstance(term, ast.Call) else (term, None)
         if not isinstance(name, ast.Name):
             raise fail(f"{ast.unparse(term)!r} is not a stage name")
@@ -158,8 +146,18 @@ def _terms(body: str, spec: str) -> list[tuple[str, dict[str, Any]]]:
                     raise fail(
                         f"{keyword.arg}={ast.unparse(keyword.value)} is not a literal"
                     ) from None
-        terms.append((name.id, given))
+        terms.append((name.id, given, layers))
     return terms
+
+
+def _layers(node: ast.expr) -> tuple[int, ...] | None:
+    """`3` -> (3,), `(0, -1)` -> (0, -1), anything else -> None."""
+    try:
+        value = ast.literal_eval(node)
+    except ValueError:
+        return None
+    numbers = value if isinstance(value, tuple) else (value,)
+    return numbers if numbers and all(type(n) is int for n in numbers) else None
 
 
 def _owner(argument: str, classes: list[type[Stage]], spec: str) -> type[Stage]:

@@ -37,16 +37,29 @@ KERNEL = st.sampled_from(["auto", "reference"])
     order=st.permutations(range(5)),
     space=st.sampled_from(["+", " + ", "+ "]),
     prefix=st.sampled_from(["", PREFIX]),
+    by_layer=st.one_of(
+        st.just([]),
+        st.lists(
+            st.tuples(CODEC, st.sampled_from([0, -1, (3,), (5, -2), "(7;8)"])),
+            unique_by=lambda x: x[1],
+            max_size=3,
+        ),
+    ),
 )
 @settings(max_examples=150, deadline=None, derandomize=True, database=None)
-def test_repr_and_str_parse_back(stages, given_, order, space, prefix):
+def test_repr_and_str_parse_back(stages, given_, order, space, prefix, by_layer):
     words = [stages[i] for i in order if given_[i]] or ["growing"]
+    if words == ["auto"]:  # reserved
+        words.append("device")
+    at = [f"{codec}@{layers}" for codec, layers in by_layer]
+    words[1:1] = at
     strategy = kvplug.parse(prefix + space.join(words))
     assert kvplug.parse(repr(strategy)) == strategy
     assert kvplug.parse(str(strategy)) == strategy
     assert kvplug.parse(PREFIX + repr(strategy)) == strategy
     assert hash(kvplug.parse(repr(strategy))) == hash(strategy)
     assert len(str(strategy)) <= len(repr(strategy))
+    assert len(strategy.by_layer) == len(by_layer)
     for stage in strategy.stages():
         named = any(w.partition("(")[0] == stage.name for w in words)
         assert named or stage.name == DEFAULTS[stage.kind]
@@ -99,6 +112,31 @@ def test_presets_are_the_documented_ones():
     assert kvplug.parse("kvplug:offloaded").placement.name == "host"
 
 
+@pytest.mark.parametrize(
+    ("spec", "short"),
+    [
+        ("int4+int8@(0, 29)", "int4+int8@(0, 29)"),
+        ("int8@0", "int8@0"),
+        ("int8@(-1,) + host", "host+int8@-1"),
+        ("int8(block=8)@(0;1)+int2@-1+growing+int4", "int4+int8(block=8)@(0, 1)+int2@-1"),
+    ],
+)
+def test_codecs_of_single_layers(spec, short):
+    strategy = kvplug.parse(spec)
+    assert str(strategy) == short
+    assert repr(strategy).endswith(
+        "+".join(
+            f"{codec!r}@{layers if len(layers) > 1 else layers[0]}"
+            for codec, layers in strategy.by_layer
+        )
+    )
+
+
+def test_inside_a_spec_auto_is_the_kernel():
+    assert kvplug.parse("int4+auto") == kvplug.parse("int4")
+    assert kvplug.parse("auto+growing") == kvplug.parse("growing")
+
+
 def test_arguments_by_name():
     config = {"group": 16, "tail": 128}
     before = copy.deepcopy(config)
@@ -121,9 +159,30 @@ ERRORS = {
     "kvplug:sttic": "unknown cache stage 'sttic'. Did you mean 'static'?",
     "qqqqqq": "unknown cache stage 'qqqqqq'. Known: ",
     # two of a kind
-    "int4+int8": "'int4+int8': two stages of kind codec, 'int4' and 'int8'; give one",
+    "int4+int8": "'int4+int8': two stages of kind codec, 'int4' and 'int8'; give one, "
+    "or give one to single layers: 'int8@0'",
     "window+int4+sinks": "two stages of kind retention, 'window' and 'sinks'; give one",
     "host+host": "two stages of kind placement, 'host' and 'host'; give one",
+    # single layers
+    "int4+int8@host": "after '@' stands the number of a layer, or several as in '@(0, -1)', not "
+    "'host'",
+    "int8@()": "after '@' stands the number of a layer, or several as in '@(0, -1)', not '()'",
+    "int8@1.5": "not '1.5'",
+    "int8@True": "not 'True'",
+    "int8@[0, 1]": "not '[0, 1]'",
+    "int8@0@1": "'int8 @ 0' is not a stage name",
+    "0@int8": "not 'int8'",
+    "int4+host@0": "'int4+host@0': only codecs are given to single layers, and 'host' is of kind "
+    "placement: write it without '@'",
+    "int4+sinks(sinks=4)@(0, 1)": "and 'sinks' is of kind retention: write it without '@'",
+    "int4+imt8@0": "unknown cache stage 'imt8'. Did you mean 'int8'?",
+    "int4+int8@(0, 1)+int2@(2, 1)": "int4+int8@(0, 1)+int2@(2, 1): layer 1 is named twice",
+    "int4+int8@(3, 3)": "int4+int8@(3, 3): layer 3 is named twice",
+    "int4+int8(group=0)@0": "int8(group=0): group must be at least 1",
+    # reserved
+    "auto": "'auto' alone is reserved for a choice of the whole strategy; write 'growing' for the",
+    "kvplug:auto": "'kvplug:auto' alone is reserved for a choice of the whole strategy",
+    "auto()": "'auto()' alone is reserved for a choice of the whole strategy",
     # arguments
     "int4(grup=3)": "unknown argument of 'int4': 'grup'. Did you mean 'group'? "
     "Known: block, tail, group, k_bits, v_bits.",

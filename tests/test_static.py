@@ -17,6 +17,8 @@ pytestmark = pytest.mark.canary
 
 # `reference`: another kernel's rounding may tip a code of a later layer over
 SPECS = ["static", "static+int8(block=8)+reference", "static+int4(block=8, tail=8)+reference"]
+BY_LAYER = "static+int4(block=8, tail=8)+reference+int8(block=8)@0"  # of two
+BY_LAYER_EXACT = "static+reference+int8(block=8)@-1"
 
 
 @pytest.fixture(autouse=True)
@@ -37,7 +39,7 @@ def compiled_decode(model, backend):
     return torch.compile(step, backend=count, fullgraph=True), count
 
 
-@pytest.mark.parametrize("spec", SPECS)
+@pytest.mark.parametrize("spec", [*SPECS, BY_LAYER, BY_LAYER_EXACT])
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 def test_compiled_once_for_all_lengths(spec, backend):
     """Forty steps over block borders: one graph, no recompilation, what eager steps give."""

@@ -28,6 +28,7 @@ class Slot:
     place, stats: the cache's own, shared by its layers
     sliding_window: that of the model's own attention here; None: full attention
     turn: how the model turns what is stored here, where first tokens must be turned further
+    coded: whether some layer of the cache is: static ones then all say the same of their columns
     """
 
     strategy: Strategy
@@ -35,6 +36,7 @@ class Slot:
     stats: Stats
     sliding_window: int | None = None
     turn: Turn | None = None
+    coded: bool = False
 
 
 class AttentionLayer(RowOperations):

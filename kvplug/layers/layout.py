@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
+from ..errors import SpecError
 from ..retention.base import Scored
 from ..stage import Stage, option
 from .growing import Layer
@@ -28,6 +30,13 @@ class Layout(Stage):
     def limit(self) -> int | None:
         """Most tokens a sequence may have; None: no limit, nothing reserved ahead."""
         return None
+
+    def resolve(self, max_cache_len: int | None) -> Layout:
+        """The layout of a call that may reach so many tokens; None: nobody says.
+
+        Raises SpecError where it must know.
+        """
+        return self
 
     def is_compileable(self, strategy: Strategy) -> bool:
         """Whether a decode step of `strategy` is one compiled graph for all lengths."""
@@ -64,6 +73,13 @@ class Static(Layout):
     def limit(self) -> int | None:
         return self.max_cache_len
 
+    def resolve(self, max_cache_len: int | None) -> Layout:
+        if self.limit is not None:
+            return self
+        if max_cache_len is None:
+            raise SpecError("'static' needs max_cache_len, as an argument of build or of the spec")
+        return dataclasses.replace(self, max_cache_len=max_cache_len)
+
     def is_compileable(self, strategy: Strategy) -> bool:
         return strategy.retention.newest is None and strategy.placement.name == "device"
 
@@ -73,4 +89,4 @@ class Static(Layout):
             return super().layer(slot)
         if slot.sliding_window is not None:  # windows stay in full precision
             return StaticSlidingLayer
-        return StaticLayer if strategy.codec.name == "exact" else StaticCodedLayer
+        return StaticCodedLayer if slot.coded else StaticLayer

@@ -204,25 +204,25 @@ class Row:
         if not shadow.contents_checked and cell.strategy != "static":
             raise Wrong("no layer of ours was ever updated")
         if cell.call not in GUESSED:
-            if not strategy.codec.lossless and not (shadow.encoded or shadow.dropped):
+            if not strategy.lossless and not (shadow.encoded or shadow.dropped):
                 raise Wrong("nothing was ever encoded")
             if not whole and not shadow.dropped:
                 raise Wrong("nothing was ever dropped")
         if cell.call in ("bfloat16", "float16"):
-            if strategy.codec.lossless and whole:
+            if strategy.lossless and whole:
                 check_as_near(got, wanted, self._best())
             else:
                 check_first(got, wanted, 0.05)
-        elif strategy.codec.lossless and whole:
+        elif strategy.lossless and whole:
             check_equal(got, wanted)
         elif got.scores is None and cell.call not in IN_PIECES:
             check_first(got, wanted)
         if cell.call == "greedy" and strategy.retention.first:
             source = self.caller.inputs(prompt(17)) if self.caller.architecture.source else None
             check_rotation(self.model, STRATEGIES[cell.strategy], source)
-        if cell.call == "left-padded batch" and strategy.codec.lossless and not whole:
+        if cell.call == "left-padded batch" and strategy.lossless and not whole:
             self._check_alone(got)
-        if strategy.codec.lossless and whole:
+        if strategy.lossless and whole:
             return "exact", ""
         return "bound", ""
 

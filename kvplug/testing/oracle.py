@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -113,11 +112,7 @@ class Oracle:
 
 def one_layer(strategy: Strategy, padding: Tensor | None = None, limit: int = 256) -> Any:
     """A layer of this strategy, keys never rotated."""
-    if strategy.layout.name == "static" and strategy.layout.limit is None:
-        strategy = strategy.replace(
-            layout=dataclasses.replace(strategy.layout, max_cache_len=limit)
-        )
-    layer = build(strategy, GPT2Config(n_layer=1)).layers[0]
+    layer = build(strategy, GPT2Config(n_layer=1), max_cache_len=limit).layers[0]
     if padding is not None:
         layer.set_padding(padding)
     return layer
@@ -192,7 +187,7 @@ class Machine:
             self.check(plain, exact, error)
             assert same(plain[:, :, -S:].contiguous(), exact[:, :, -S:]), "this call's own tokens"
         oracle.follow(layer)
-        codec = self.strategy.codec
+        codec = layer.strategy.codec
         begin, end, _ = layer.encoded()
         if self.recording:
             assert end == encoded, "nothing is encoded before `crop`"

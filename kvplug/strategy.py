@@ -1,0 +1,152 @@
+"""A strategy: one stage of each kind, and how it becomes concrete for a model and a layer."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from . import compat, registry
+from .errors import SpecError
+from .kernels.reference import Reference
+from .layers.layout import Growing
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+    from .codecs.base import Codec
+    from .kernels.base import Kernel
+    from .layers.layout import Layout
+    from .placement.base import Placement
+    from .retention.base import Retention
+    from .stage import Stage
+
+DEFAULTS = {
+    "retention": "full",
+    "layout": "growing",
+    "codec": "exact",
+    "placement": "device",
+    "kernel": "auto",
+}
+
+
+@dataclass(frozen=True)
+class Strategy:
+    """One stage of each kind. `repr` is the spec in full, `str` the shortest; both parse back.
+
+    by_layer: codecs that take the place of `codec` in some layers, each with the numbers of these,
+        negative ones counted from the last layer.
+    """
+
+    retention: Retention
+    layout: Layout
+    codec: Codec
+    placement: Placement
+    kernel: Kernel
+    by_layer: tuple[tuple[Codec, tuple[int, ...]], ...] = ()
+
+    def __post_init__(self) -> None:
+        for stage in self.stages():
+            if reason := stage.conflict(self):
+                raise SpecError(f"{self}: {reason}")
+        numbers: set[int] = set()
+        for codec, layers in self.by_layer:
+            self.replace(codec=codec, by_layer=())  # must compose as well
+            for n in layers:
+                if n in numbers:
+                    raise SpecError(f"{self}: layer {n} is named twice")
+                numbers.add(n)
+
+    def stages(self) -> list[Stage]:
+        """The five stages in the order of the pipeline."""
+        return [getattr(self, kind) for kind in registry.KINDS]
+
+    @property
+    def codecs(self) -> list[Codec]:
+        """The codec of most layers, then those of single ones."""
+        return [self.codec, *(codec for codec, _ in self.by_layer)]
+
+    @property
+    def lossless(self) -> bool:
+        """Whether every layer gives back what it was given."""
+        return all(codec.lossless for codec in self.codecs)
+
+    @property
+    def is_coded(self) -> bool:
+        """Whether a codec changes what some layer holds on the device."""
+        return any(codec.name != "exact" for codec in self.codecs)
+
+    def replace(self, **stages: Stage | tuple) -> Strategy:
+        """The same strategy with some stages exchanged."""
+        return dataclasses.replace(self, **stages)
+
+    def resolve(
+        self,
+        config: PreTrainedConfig,
+        *,
+        max_cache_len: int | None = None,
+        open_ended: bool = False,
+    ) -> Strategy:
+        """The strategy for a model of this config; what is concrete already stays.
+
+        Args:
+            config: of the model.
+            max_cache_len: tokens that a layout reserves which does not say how many itself.
+            open_ended: nobody knows how long a sequence becomes, as with an assistant, which a call
+                tells one round at a time: room grows, whatever the layout.
+
+        `auto` stays a kernel: each layer asks for one with the device and the dtype of its first
+        tokens, and layers may lie on several devices.
+
+        Raises SpecError where the strategy lacks something, or cannot serve such a model.
+        """
+        layout = Growing() if open_ended else self.layout.resolve(max_cache_len)
+        strategy = self.replace(layout=layout)
+        if not compat.reads_dense_only(config):
+            return strategy
+        if self.is_coded or self.placement.name != "device":
+            raise SpecError(
+                f"{self}: attn_implementation='flex_attention' compiles attention, which reads "
+                "dense tensors only; choose 'sdpa', or a strategy with exact+device"
+            )
+        return strategy.replace(kernel=Reference())  # whose layers return tensors and no views
+
+    def at(self, layer_idx: int, layers: int) -> Strategy:
+        """The strategy of one layer of a model that has so many.
+
+        Raises SpecError where the model has no layer of a number named, or one is named twice.
+        """
+        if not self.by_layer:
+            return self
+        return self.replace(codec=self.named(layers).get(layer_idx, self.codec), by_layer=())
+
+    def named(self, layers: int) -> dict[int, Codec]:
+        """The codecs of single layers of a model that has so many; errors as in `at`."""
+        found: dict[int, Codec] = {}
+        for codec, numbers in self.by_layer:
+            for n in numbers:
+                if not -layers <= n < layers:
+                    raise SpecError(
+                        f"{self}: there is no layer {n} in a model of {layers}: they are 0 to "
+                        f"{layers - 1}, or -1 to -{layers} from the last one"
+                    )
+                if n % layers in found:
+                    raise SpecError(
+                        f"{self}: layer {n % layers} of {layers} is named twice, once as {n}"
+                    )
+                found[n % layers] = codec
+        return found
+
+    def __repr__(self) -> str:
+        return "+".join([*map(repr, self.stages()), *self._by_layer(repr)])
+
+    def __str__(self) -> str:
+        words = [str(stage) for stage in self.stages() if str(stage) != DEFAULTS[stage.kind]]
+        return "+".join([*words, *self._by_layer(str)]) or DEFAULTS["layout"]
+
+    def _by_layer(self, write: type[str] | type[repr]) -> list[str]:
+        """`int8@(0, 29)`, `int8@0`."""
+        return [
+            f"{write(codec)}@{numbers[0] if len(numbers) == 1 else numbers}"
+            for codec, numbers in self.by_layer
+        ]
