@@ -162,6 +162,14 @@ def test_a_preset_has_the_bits_of_its_name(spec, written):
     assert kvplug.parse(written).codec.name == "int"
 
 
+def test_a_codec_that_writes_both_sides_at_once_is_told_of_sides():
+    with pytest.raises(TypeError, match="Old: a codec writes encode_side and decode_side, for key"):
+
+        class Old(kvplug.Codec):
+            def encode(self, keys, values):
+                return {"k": keys, "v": values}
+
+
 def test_bfloat16_does_not_wrap():
     """In bf16 arithmetic x / scale reaches 255.5 for the largest: 256 would wrap to 0."""
     codec = kvplug.parse("int8(block=8)").codec

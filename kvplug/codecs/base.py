@@ -36,6 +36,14 @@ class Codec(Stage):
     block: int
     tail: int
 
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        if both := sorted({"encode", "decode"} & set(vars(cls))):
+            raise TypeError(
+                f"{cls.__name__}: a codec writes encode_side and decode_side, for keys (0) and for "
+                f"values (1), and leaves {' and '.join(both)} to kvplug.Codec"
+            )
+
     def encode_side(self, x: Tensor, side: int) -> Encoded:
         """Encode keys or values [B, H, N, block, D] of any float dtype.
 
