@@ -12,6 +12,8 @@ from .kernels.reference import Reference
 from .layers.layout import Growing
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from transformers import PreTrainedConfig
 
     from .codecs.base import Codec
@@ -144,7 +146,7 @@ class Strategy:
         words = [str(stage) for stage in self.stages() if str(stage) != DEFAULTS[stage.kind]]
         return "+".join([*words, *self._by_layer(str)]) or DEFAULTS["layout"]
 
-    def _by_layer(self, write: type[str] | type[repr]) -> list[str]:
+    def _by_layer(self, write: Callable[[Codec], str]) -> list[str]:
         """`int8@(0, 29)`, `int8@0`."""
         return [
             f"{write(codec)}@{numbers[0] if len(numbers) == 1 else numbers}"

@@ -31,7 +31,7 @@ def _tail(default: int) -> Any:
 
 @dataclass(frozen=True)
 class Affine(Codec):
-    """Integers, keys and values each of their own bits; `int8`, `int4` and `int2` are presets.
+    """Integers of 2 to 8 bits, keys and values apart; `int8`, `int4` and `int2` are presets.
 
     Asymmetric, with a float16 scale and zero per group; error <= scale / 2.
     Keys have outlier channels, values do not: a group is one channel over the tokens of a block
