@@ -16,6 +16,7 @@ import threading
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cache
+from types import FunctionType
 from typing import TYPE_CHECKING, ClassVar
 
 import numba
@@ -153,7 +154,10 @@ class Numba(Kernel):
 @cache
 def compiled() -> Callable:
     """The compiled kernel: from disk, or compiled now, which is said."""
-    kernel = _attend_alone if _forked else _attend
+    # the same code with and without threads, under two names: Numba's cache knows code by its name
+    name, parallel = ("_attend_alone", False) if _forked else ("_attend", True)
+    jit = njit(parallel=parallel, nogil=True, cache=True, error_model="numpy")
+    kernel = jit(_named(name, _attend))
     threads = torch.get_num_threads()
     if not numba.config.DISABLE_JIT:
         notice = threading.Timer(2.0, logger.warning, (COMPILING,))
@@ -168,6 +172,12 @@ def compiled() -> Callable:
     numba.get_num_threads()  # starts Numba's pool, if compiling did not, ...
     torch.set_num_threads(threads)  # ... which sets the number of threads for all of OpenMP
     return kernel
+
+
+def _named(name: str, function: FunctionType) -> FunctionType:
+    """A copy of a function under another name."""
+    code = function.__code__.replace(co_name=name, co_qualname=name)
+    return FunctionType(code, function.__globals__)
 
 
 COMPILING = (
@@ -297,53 +307,29 @@ def _partial(width):
     return ROWS * (2 + width)
 
 
-@njit(parallel=True, nogil=True, cache=True, error_model="numpy")
 def _attend(shape, plan, query, scale, head, plain, coded, tail, mask, room_out_lse):
     """All of one call; `Numba.attend` says what the tuples hold."""
-    for worker in prange(plan[2]):
-        _work(worker, shape, plan, query, scale, head, plain, coded, tail, mask, room_out_lse)
-    _finish(shape, plan, room_out_lse)
-
-
-@njit(nogil=True, cache=True, error_model="numpy")
-def _attend_alone(shape, plan, query, scale, head, plain, coded, tail, mask, room_out_lse):
-    """The same without threads."""
-    for worker in range(plan[2]):
-        _work(worker, shape, plan, query, scale, head, plain, coded, tail, mask, room_out_lse)
-    _finish(shape, plan, room_out_lse)
-
-
-@inlined
-def _work(worker, shape, plan, query, scale, head, plain, coded, tail, mask, room_out_lse):
-    """The tasks of a worker: groups of rows, or splits of these."""
     B, H, _, _, Dk, _, width = shape
     row_tiles, splits, workers = plan
     room, out, lse = room_out_lse
     partials = room + 4 * workers * _scratch(Dk, width)
     step = 4 * _partial(width)
-    tasks = B * H * row_tiles * splits
-    scratch = room + 4 * worker * _scratch(Dk, width)
-    for task in range(worker * tasks // workers, (worker + 1) * tasks // workers):
-        group, split = task // splits, task % splits
-        results = partials + step * (worker if splits == 1 else task)
-        _attend_split(
-            shape, row_tiles, group, splits, split,
-            query, scale, head, plain, coded, tail, mask, scratch, results,
-        )  # fmt: skip
-        if splits == 1:
-            _merge(results, 1, shape, row_tiles, group, out, lse)
-
-
-@inlined
-def _finish(shape, plan, room_out_lse):
-    """Merge what the splits of each group have left."""
-    B, H, _, _, Dk, _, width = shape
-    row_tiles, splits, workers = plan
-    room, out, lse = room_out_lse
+    groups = B * H * row_tiles
+    tasks = groups * splits
+    for worker in prange(workers):
+        scratch = room + 4 * worker * _scratch(Dk, width)
+        for task in range(worker * tasks // workers, (worker + 1) * tasks // workers):
+            group, split = task // splits, task % splits
+            results = partials + step * (worker if splits == 1 else task)
+            _attend_split(
+                shape, row_tiles, group, splits, split,
+                query, scale, head, plain, coded, tail, mask, scratch, results,
+            )  # fmt: skip
+            if splits == 1:
+                _merge(results, 1, shape, row_tiles, group, out, lse)
     if splits > 1:
-        partials = room + 4 * workers * _scratch(Dk, width)
-        for group in range(B * H * row_tiles):
-            results = partials + 4 * _partial(width) * group * splits
+        for group in range(groups):
+            results = partials + step * group * splits
             _merge(results, splits, shape, row_tiles, group, out, lse)
 
 

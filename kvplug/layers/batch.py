@@ -43,11 +43,16 @@ def rebatch(x: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:
 
 def check_alike(held: tuple[Tensor, Tensor], new: tuple[Tensor, Tensor]) -> None:
     """Raise Mismatch where new keys and values [B, H, S, D] cannot stand beside those held."""
-    for side, old, x in zip(("keys", "values"), held, new, strict=True):
+    for i, side in enumerate(("keys", "values")):  # asked in every layer of every step
+        old, x = held[i], new[i]
         have, get = old.shape, x.shape
-        alike = (have[0], have[1], have[-1]) == (get[0], get[1], get[-1])
-        # asked in every layer of every step: what is alike is found without more ado
-        if alike and x.dtype == old.dtype and x.device == old.device:
+        if (
+            have[0] == get[0]
+            and have[1] == get[1]
+            and have[-1] == get[-1]
+            and old.dtype == x.dtype
+            and old.device == x.device
+        ):
             continue
         for what, a, b in (
             ("batch size", have[0], get[0]),
