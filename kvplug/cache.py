@@ -210,7 +210,7 @@ class Cache(transformers.Cache):
                 f"this cache has {len(self.layers)} layers and the model asks for number "
                 f"{layer_idx + 1}: build one with the config of this model"
             )
-        if self.strategy.placement.name != "device":
+        if not self.strategy.placement.on_device:
             following = self.layers[(layer_idx + 1) % len(self.layers)]
             if isinstance(following, AttentionLayer):
                 following.prefetch()

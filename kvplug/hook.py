@@ -111,7 +111,7 @@ def _validate(original: Any) -> Any:
             theirs = ", ".join(compat.THEIR_NAMES)
             raise UnknownStage(f"{e} Names of transformers: {theirs}.") from None
         # transformers judges the rest, on a copy: the caller's object may be shared between threads
-        return original(_without_ours(self, strategy.layout.name == "static"), *args, **kwargs)
+        return original(_without_ours(self, strategy.layout.reserves), *args, **kwargs)
 
     return validate
 

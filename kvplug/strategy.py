@@ -76,7 +76,7 @@ class Strategy:
     @property
     def is_coded(self) -> bool:
         """Whether a codec changes what some layer holds on the device."""
-        return any(codec.name != "exact" for codec in self.codecs)
+        return any(codec.cuts_blocks for codec in self.codecs)
 
     def replace(self, **stages: Stage | tuple) -> Strategy:
         """The same strategy with some stages exchanged."""
@@ -106,7 +106,7 @@ class Strategy:
         strategy = self.replace(layout=layout)
         if not compat.reads_dense_only(config):
             return strategy
-        if self.is_coded or self.placement.name != "device":
+        if self.is_coded or not self.placement.on_device:
             raise SpecError(
                 f"{self}: attn_implementation='flex_attention' compiles attention, which reads "
                 "dense tensors only; choose 'sdpa', or a strategy with exact+device"

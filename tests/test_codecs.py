@@ -4,6 +4,8 @@ import pytest
 import torch
 
 import kvplug
+from kvplug.codecs.affine import Int8
+from kvplug.kernels.cpu import Numba
 from kvplug.registry import REGISTRIES
 from kvplug.testing import CodecConformance, check_golden
 
@@ -24,6 +26,44 @@ class TestCodecs(CodecConformance):
     @pytest.fixture(params=SPECS)
     def codec(self, request):
         return kvplug.parse(request.param).codec
+
+
+class Halved(Int8):
+    """Other bytes: what it reads is twice what `affine` says."""
+
+    name = "halved"
+
+    def encode_side(self, x, side):
+        return super().encode_side(x / 2, side)
+
+    def decode_side(self, data, side):
+        return 2 * super().decode_side(data, side)
+
+
+class Wide(Int8):
+    """Another dtype: a kernel would read its scales as float16."""
+
+    name = "wide"
+
+    def encode_side(self, x, side):
+        return {
+            n: y.float() if n == "k_scale" else y for n, y in super().encode_side(x, side).items()
+        }
+
+
+def test_a_codec_that_decodes_by_itself_has_no_format_of_its_parent():
+    assert (Int8().format, Halved().format) == ("affine", None)
+    assert Numba().refuses(Halved()).endswith("'halved' has a format of its own")
+
+
+@pytest.mark.parametrize(
+    ("codec", "wrong"), [(Halved, "affine"), (Wide, "affine"), (Int8, "plain"), (Int8, "other")]
+)
+def test_the_suite_finds_a_format_that_is_not_kept(codec, wrong, monkeypatch):
+    CodecConformance().test_format(Int8())
+    monkeypatch.setattr(codec, "format", wrong)
+    with pytest.raises(AssertionError):
+        CodecConformance().test_format(codec())
 
 
 @pytest.mark.parametrize("spec", ["exact", "int8", "int4", "int2", "int(k_bits=3, v_bits=6)"])

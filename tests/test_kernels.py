@@ -16,6 +16,7 @@ import kvplug
 from kvplug import registry
 from kvplug.codecs.base import Codec
 from kvplug.codecs.exact import Exact
+from kvplug.codecs.formats import decode_affine
 from kvplug.compat import cache_argument
 from kvplug.kernels import auto, cpu
 from kvplug.kernels.base import Kernel
@@ -128,9 +129,11 @@ def test_codes_in_planes_are_left_to_plain_torch(caplog, choose_again):
     for _ in range(3):
         assert resolved("int(k_bits=3, v_bits=6)") == "reference"
     (record,) = caplog.records
-    why = "plain torch reads 'int', several times slower: kernel 'numba' reads codes of 2, 4 and 8 "
-    assert record.getMessage() == f"kvplug: {why}bits, not of 3 and 6"
-    with pytest.raises(kvplug.SpecError, match="'numba' reads codes of 2, 4 and 8 bits, not of 5"):
+    assert record.getMessage() == (
+        "kvplug: plain torch reads 'int', several times slower: kernel 'numba' reads blocks of the "
+        "formats plain and affine; 'int(k_bits=3, v_bits=6)' has the format affine_planes"
+    )
+    with pytest.raises(kvplug.SpecError, match=r"'int\(k_bits=5\)' has the format affine_planes"):
         kvplug.parse("int(k_bits=5)+numba")
 
 
@@ -141,10 +144,39 @@ def test_a_named_kernel_runs_or_raises():
         resolved("int8+numba", device="cuda")
     with pytest.raises(kvplug.SpecError, match=r"not torch\.float64"):
         resolved("int8+numba", dtype=torch.float64)
-    with pytest.raises(
-        kvplug.SpecError, match=r"'numba' reads exact, int, int8, int4 and int2, not "
-    ):
+    why = "'numba' reads blocks of the formats plain and affine; 'other' has a format of its own"
+    with pytest.raises(kvplug.SpecError, match=why):
         kvplug.parse("int8").replace(codec=Other(), kernel=Numba())
+
+
+@dataclasses.dataclass(frozen=True)
+class Clipped(Codec):
+    """A codec from outside: it chooses its numbers by itself and stores them as `affine`."""
+
+    name = "clipped"
+    format = "affine"
+    block: int = 64
+    tail: int = 0
+    k_bits: int = 4
+    v_bits: int = 8
+
+    def encode_side(self, x, side):
+        return kvplug.parse("int(v_bits=8, group=16)").codec.encode_side(x.clamp(-1, 1), side)
+
+    def decode_side(self, data, side):
+        return decode_affine(self, data, side)
+
+
+def test_a_codec_from_outside_is_read_by_its_format():
+    assert auto.Auto().resolve(Clipped(), torch.device("cpu"), torch.float32) == Numba()
+    stored = random_stored(Clipped(), N=2, R=5, Dk=64, Dv=64, skip=3)
+    query = normal(1, 4, 1, 64, seed=1)
+    a, b = (k.attend(query, stored, None, None, False)[0] for k in (Reference(), Numba()))
+    torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
+    strategy, model = kvplug.parse("int8").replace(codec=Clipped()), tiny_llama()
+    cache = kvplug.build(strategy, model.config)
+    model.generate(prompt(200), **cache_argument(cache), max_new_tokens=5, do_sample=False)
+    assert cache.stats()["kernels"] == {"numba": 4 * model.config.num_hidden_layers}
 
 
 @pytest.mark.parametrize("spec", ["int8", "int4", "host"])

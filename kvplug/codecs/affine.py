@@ -11,18 +11,16 @@ import torch
 from ..errors import SpecError
 from ..stage import option
 from .base import Codec, Encoded
+from .formats import PLANES, WIDTHS, decode_affine
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-WIDTHS = (2, 3, 4, 5, 6, 8)
-# bits that no byte holds a whole number of, and how many of them, the lowest, the first plane has
-PLANES = {3: 2, 5: 4, 6: 4}
 F16_MAX = torch.finfo(torch.float16).max
 
 
 def _bits(default: int) -> Any:
-    return option(default, "bits per key or value", choices=WIDTHS)
+    return option(default, "bits per key or value", choices=(*WIDTHS, *PLANES))
 
 
 def _tail(default: int) -> Any:
@@ -37,14 +35,7 @@ class Affine(Codec):
     Keys have outlier channels, values do not: a group is one channel over the tokens of a block
     for keys, `group` neighbouring channels of one token for values (KIVI, arXiv:2402.02750).
     Departures from it: 8 bits too, widths of K and V apart, and blocks are never encoded again.
-
-    k_codes [B, H, N, Dk, block*k_bits/8] uint8, k_scale and k_zero [B, H, N, Dk] float16
-    v_codes [B, H, N, block*v_bits/8, Dv] uint8, v_scale and v_zero [B, H, N, block, Dv/g] float16
-    Keys are channel-major, so that scores run along tokens. Codes are packed along tokens: with 4
-    bits, byte i holds token i in its low half and token i + block/2 in its high half; with 2 bits,
-    i + block/4 * (0, 1, 2, 3); with 1 bit, i + block/8 * (0, ..., 7). Codes of 3, 5 and 6 bits are
-    two planes packed like that, one after the other: the lowest 2, 4 and 4 bits of all tokens, then
-    the highest 1, 1 and 2.
+    The tensors: `formats.py`.
     """
 
     name: ClassVar[str] = "int"
@@ -53,6 +44,10 @@ class Affine(Codec):
     tail: int = _tail(64)
     k_bits: int = _bits(4)
     v_bits: int = _bits(4)
+
+    @property
+    def format(self) -> str:
+        return "affine" if {self.k_bits, self.v_bits} <= set(WIDTHS) else "affine_planes"
 
     def encode_side(self, x: Tensor, side: int) -> Encoded:
         if side == 0:
@@ -64,14 +59,7 @@ class Affine(Codec):
         return {"v_codes": packed.contiguous(), "v_scale": scale, "v_zero": zero}
 
     def decode_side(self, data: Encoded, side: int) -> Tensor:
-        if side == 0:
-            codes = _unpack(data["k_codes"], self.k_bits).float()
-            keys = codes * data["k_scale"].float()[..., None]
-            return (keys + data["k_zero"].float()[..., None]).transpose(-1, -2)
-        codes = _unpack(data["v_codes"].transpose(-1, -2), self.v_bits).transpose(-1, -2).float()
-        grouped = codes.unflatten(-1, (data["v_scale"].shape[-1], -1))
-        values = grouped * data["v_scale"].float()[..., None] + data["v_zero"].float()[..., None]
-        return values.flatten(-2)
+        return decode_affine(self, data, side)
 
     def max_error(self, data: Encoded, side: int) -> Tensor:
         if side == 0:
@@ -135,17 +123,6 @@ def _pack(codes: Tensor, bits: int) -> Tensor:
     for i, part in enumerate(codes.chunk(8 // bits, dim=-1)):
         packed = part if packed is None else packed | (part << (i * bits))
     return packed.contiguous()
-
-
-def _unpack(packed: Tensor, bits: int) -> Tensor:
-    """The inverse of `_pack`."""
-    if low := PLANES.get(bits):
-        first = packed.shape[-1] * low // bits
-        high = _unpack(packed[..., first:], bits - low)
-        return _unpack(packed[..., :first], low) | (high << low)
-    if bits == 8:
-        return packed
-    return torch.cat([(packed >> shift) & (2**bits - 1) for shift in range(0, 8, bits)], dim=-1)
 
 
 @dataclass(frozen=True)

@@ -32,6 +32,11 @@ class Codec(Stage):
     lossless: ClassVar[bool] = False
     # decoding is a mere view of the encoded tensors: many blocks can be read at once for free
     decodes_in_place: ClassVar[bool] = False
+    # whether blocks are cut on the device too; where not, all stays as it came
+    cuts_blocks: ClassVar[bool] = True
+    # what the encoded tensors are, told to kernels: a key of `formats.FORMATS`; None: only `decode`
+    # knows. A subclass that decodes by itself says it anew, or has none.
+    format: ClassVar[str | None] = None
 
     block: int
     tail: int
@@ -57,6 +62,11 @@ class Codec(Stage):
         data: tensors [B, H, N, ...] of that side; those of the other may lie beside them.
         """
         raise NotImplementedError
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        if "decode_side" in vars(cls) and "format" not in vars(cls):
+            cls.format = None  # not that of a parent, which has other bytes
 
     def max_error(self, data: Encoded, side: int) -> Tensor:
         """The codec's own bound on |decoded - original|, broadcastable to [B, H, N, block, D]."""

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from ..stage import option
 from .base import Codec, Encoded
+from .formats import decode_plain
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -17,12 +18,14 @@ class Exact(Codec):
     """Keys and values as they came.
 
     On the device no blocks are cut; on host and disk a block is what is moved.
-    data: k [B, H, N, block, Dk], v [B, H, N, block, Dv], in the model's dtype
+    The tensors: `formats.py`.
     """
 
     name: ClassVar[str] = "exact"
     lossless: ClassVar[bool] = True
     decodes_in_place: ClassVar[bool] = True
+    cuts_blocks: ClassVar[bool] = False
+    format: ClassVar[str] = "plain"
     block: int = option(64, "tokens moved at once", ge=1)
     tail: int = option(0, "newest tokens kept on the device", ge=0)
 
@@ -30,7 +33,7 @@ class Exact(Codec):
         return {"kv"[side]: x}
 
     def decode_side(self, data: Encoded, side: int) -> Tensor:
-        return data["kv"[side]]
+        return decode_plain(self, data, side)
 
     def max_error(self, data: Encoded, side: int) -> Tensor:
         return data["kv"[side]].new_zeros(())

@@ -23,6 +23,8 @@ class Kernel(Stage):
 
     kind: ClassVar[str] = "kernel"
     differentiable: ClassVar[bool] = False  # else `backward` through the output raises
+    # the formats of blocks that it reads (`codecs/formats.py`); None: all, by the codec's `decode`
+    formats: ClassVar[tuple[str, ...] | None] = None
 
     def attend(
         self,
@@ -58,7 +60,10 @@ class Kernel(Stage):
 
         Without device and dtype: why it can serve none.
         """
-        return None
+        if self.formats is None or codec.format in self.formats:
+            return None
+        has = f"has the format {codec.format}" if codec.format else "has a format of its own"
+        return f"reads blocks of the formats {' and '.join(self.formats)}; {str(codec)!r} {has}"
 
     def reads_plain(self, S: int, T: int) -> bool:
         """Whether it reads T plain tokens for S new ones faster than torch's own attention."""

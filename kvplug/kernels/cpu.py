@@ -25,8 +25,6 @@ import torch
 from numba import float64, intp, njit, prange, types
 from numba.extending import register_jitable
 
-from ..codecs.affine import PLANES, Affine
-from ..codecs.exact import Exact
 from .base import Kernel
 from .simd import (
     LANES,
@@ -79,6 +77,7 @@ class Numba(Kernel):
     """Compiled for this CPU by Numba on first use and kept on disk (`kvplug warmup`)."""
 
     name: ClassVar[str] = "numba"
+    formats: ClassVar[tuple[str, ...]] = ("plain", "affine")
 
     def refuses(
         self,
@@ -86,11 +85,8 @@ class Numba(Kernel):
         device: torch.device | None = None,
         dtype: torch.dtype | None = None,
     ) -> str | None:
-        # by `decode_side`: a subclass that has its own has other bytes
-        if type(codec).decode_side not in (Affine.decode_side, Exact.decode_side):
-            return f"reads exact, int, int8, int4 and int2, not {codec.name!r}"
-        if isinstance(codec, Affine) and (odd := {codec.k_bits, codec.v_bits} & set(PLANES)):
-            return f"reads codes of 2, 4 and 8 bits, not of {' and '.join(map(str, sorted(odd)))}"
+        if reason := super().refuses(codec):
+            return reason
         if device is not None and device.type not in ("cpu", "meta"):
             return f"runs on the CPU, not on {device.type!r}"
         if dtype is not None and dtype not in FORMATS:
@@ -115,7 +111,7 @@ class Numba(Kernel):
         B, Q, S, Dk = query.shape
         H, Dv, T = stored.tail[0].shape[1], stored.tail[1].shape[-1], stored.length
         tokens = stored.block_count * stored.codec.block  # in blocks
-        coded = tokens and isinstance(stored.codec, Affine)
+        coded = tokens and stored.codec.format == "affine"
         if is_causal:
             mask = torch.ones(S, T, dtype=torch.bool, device=CPU).tril()
         if mask is not None:
@@ -272,12 +268,12 @@ def _plain(pair: Iterable[Tensor], count: int | None = None, skip: int = 0) -> t
     return (n, skip, FORMATS[keys.dtype], *k[:3], k[-2], *v[:3], v[-2])
 
 
-# the tensors of `Affine`, and how many of their axes have strides that the kernel needs
+# the tensors of `affine`, and how many of their axes have strides that the kernel needs
 AXES = {"k_codes": 4, "k_scale": 3, "k_zero": 3, "v_codes": 4, "v_scale": 4, "v_zero": 4}
 
 
 def _coded(stored: Stored, count: int) -> tuple[int, ...]:
-    """Tokens, those skipped, block, bits, groups per value; then the six tensors of `Affine`."""
+    """Tokens, those skipped, block, bits, groups per value; then the six tensors of `affine`."""
     codec, data = stored.codec, stored.blocks
     numbers = [count, stored.skip, codec.block, codec.k_bits, codec.v_bits]
     numbers.append(data["v_scale"].shape[-1])
@@ -510,7 +506,7 @@ def _turn(rows, step, n, m, out):
 
 @inlined
 def _decode_keys(coded, b, h, start, n, Dk, out):
-    """Keys of `Affine`, channel by channel: [Dk, TILE]."""
+    """Keys of `affine`, channel by channel: [Dk, TILE]."""
     block, bits = coded[2], coded[3]
     codes, codes_batch, codes_head, codes_block, codes_channel = coded[6:11]
     packed = block * bits // 8  # bytes of a channel: byte i has the tokens i, i + packed, ...
@@ -538,7 +534,7 @@ def _decode_keys(coded, b, h, start, n, Dk, out):
 
 @inlined
 def _decode_values(coded, b, h, start, n, Dv, width, out):
-    """Values of `Affine`, token by token: [n, width]."""
+    """Values of `affine`, token by token: [n, width]."""
     block, bits, groups = coded[2], coded[4], coded[5]
     codes, codes_batch, codes_head, codes_block, codes_row = coded[19:24]
     scale_token, zero_token = coded[28], coded[33]

@@ -21,8 +21,6 @@ import torch
 import triton
 import triton.language as tl
 
-from ..codecs.affine import PLANES, Affine
-from ..codecs.exact import Exact
 from .base import Kernel
 
 if TYPE_CHECKING:
@@ -45,6 +43,7 @@ class Triton(Kernel):
     """CUDA: a block is unpacked in registers, once for all queries of its head."""
 
     name: ClassVar[str] = "triton"
+    formats: ClassVar[tuple[str, ...]] = ("plain", "affine")
 
     def attend(
         self,
@@ -99,11 +98,8 @@ class Triton(Kernel):
         device: torch.device | None = None,
         dtype: torch.dtype | None = None,
     ) -> str | None:
-        # known by `decode_side`: a subclass that has its own has other bytes
-        if type(codec).decode_side not in (Affine.decode_side, Exact.decode_side):
-            return f"reads int, int8, int4, int2 and exact, not {codec.name!r}"
-        if isinstance(codec, Affine) and (odd := {codec.k_bits, codec.v_bits} & set(PLANES)):
-            return f"reads codes of 2, 4 and 8 bits, not of {' and '.join(map(str, sorted(odd)))}"
+        if reason := super().refuses(codec):
+            return reason
         if device is not None and device.type not in DEVICES:
             return f"needs a CUDA device, not {device.type!r} (TRITON_INTERPRET=1 interprets it)"
         if dtype is not None and dtype not in DTYPES:

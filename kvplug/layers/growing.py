@@ -57,7 +57,7 @@ class Layer(AttentionLayer, CacheLayerMixin):
             strategy = strategy.replace(retention=Window(length=slot.sliding_window))
             self.is_sliding = True
         self.slot, self.strategy, self.place, self.stats = slot, strategy, slot.place, slot.stats
-        self.cuts_blocks = strategy.codec.name != "exact" or strategy.placement.name != "device"
+        self.cuts_blocks = strategy.codec.cuts_blocks or not strategy.placement.on_device
         first = strategy.retention.first
         self.sinks = SinkTokens(first, slot.turn) if first else None
         self.padding: Tensor | None = None  # [B] leading padding tokens of each row

@@ -25,6 +25,7 @@ class Layout(Stage):
     """How a layer reserves room for its tokens, and with that the class that holds them."""
 
     kind: ClassVar[str] = "layout"
+    reserves: ClassVar[bool] = False  # room for `limit` tokens, which must then be told
 
     @property
     def limit(self) -> int | None:
@@ -67,6 +68,7 @@ class Static(Layout):
     """
 
     name: ClassVar[str] = "static"
+    reserves: ClassVar[bool] = True
     max_cache_len: int | None = option(None, "most tokens of a sequence, prompt included", ge=1)
 
     @property
@@ -81,7 +83,7 @@ class Static(Layout):
         return dataclasses.replace(self, max_cache_len=max_cache_len)
 
     def is_compileable(self, strategy: Strategy) -> bool:
-        return strategy.retention.newest is None and strategy.placement.name == "device"
+        return strategy.retention.newest is None and strategy.placement.on_device
 
     def layer(self, slot: Slot) -> type[AttentionLayer]:
         strategy = slot.strategy

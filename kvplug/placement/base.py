@@ -37,6 +37,7 @@ class Placement(Stage):
     """Where encoded blocks are kept. The full-precision tail stays on the device."""
 
     kind: ClassVar[str] = "placement"
+    on_device: ClassVar[bool] = False  # beside the model: nothing is fetched
 
     def open(self) -> Place:
         """A `Place` for one cache."""

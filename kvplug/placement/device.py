@@ -27,6 +27,7 @@ class Device(Placement):
     """Keep everything on the device that computes."""
 
     name: ClassVar[str] = "device"
+    on_device: ClassVar[bool] = True
 
     def open(self) -> OnDevice:
         return OnDevice()

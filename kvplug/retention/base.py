@@ -113,7 +113,7 @@ class Scored(Retention):
         return _highest(of_blocks, blocks - gone), _highest(score[..., encoded:], rest)
 
     def conflict(self, strategy: Strategy) -> str | None:
-        if strategy.layout.limit is not None or strategy.layout.name == "static":
+        if strategy.layout.limit is not None or strategy.layout.reserves:
             return f"{self.name!r} picks tokens out of the cache: it needs room that grows"
         return None
 

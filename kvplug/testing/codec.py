@@ -15,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
+from ..codecs.formats import FORMATS, WIDTHS
 from ..spec import parse
 
 if TYPE_CHECKING:
@@ -294,6 +295,22 @@ class CodecConformance:
         part = codec.decode({name: x[:, :, 1:3] for name, x in data.items()})
         for x, y in zip(whole, part, strict=True):
             assert same(x[:, :, 1:3].contiguous(), y.contiguous())
+
+    def test_format(self, codec: Codec) -> None:
+        """The tensors are those of the format the codec names, and mean there what it decodes."""
+        if codec.format is None:
+            pytest.skip(f"{codec.name}: a format of its own, which no compiled kernel reads")
+        assert codec.format in FORMATS, f"{codec.format!r} is none of {', '.join(FORMATS)}"
+        named = FORMATS[codec.format]
+        if codec.format == "affine":  # kernels would read other codes wrongly
+            assert {codec.k_bits, codec.v_bits} <= set(WIDTHS)
+        for dtype in DTYPES:
+            keys, values = random_blocks(codec, Dk=48, Dv=32, dtype=dtype)
+            data = codec.encode(keys, values)
+            found = {name: (x.dtype, x.shape[3:]) for name, x in data.items()}
+            assert found == named.tensors(codec, keys, values, data)
+            for side, x in enumerate(codec.decode(data)):
+                assert same(named.decode(codec, data, side).contiguous(), x.contiguous())
 
     def test_input_is_neither_changed_nor_kept(self, codec: Codec) -> None:
         """`encode` is pure: the model's tensors are its own to reuse."""

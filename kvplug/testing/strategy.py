@@ -399,8 +399,8 @@ class StrategyConformance:
                     output_cache(out).get_max_length() in (-1,)
                     or not output_cache(out).is_compileable
                 ):
-                    limit = parse(spec).layout
-                    if limit.name != "static":
+                    layout = parse(spec).layout
+                    if not layout.reserves:
                         second = model.generate(
                             ids,
                             **cache_argument(output_cache(out)),
