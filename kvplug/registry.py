@@ -133,8 +133,8 @@ REGISTRIES: dict[str, Registry] = {
         {
             "auto": "kvplug.kernels.auto:Auto",
             "reference": "kvplug.kernels.reference:Reference",
-            "numba": "kvplug.kernels.cpu:Numba",
-            "triton": "kvplug.kernels.cuda:Triton",
+            "numba": "kvplug.kernels.numba:Numba",
+            "triton": "kvplug.kernels.triton:Triton",
         },
     ),
 }

@@ -5,7 +5,7 @@ import torch
 
 import kvplug
 from kvplug.codecs.affine import Int8
-from kvplug.kernels.cpu import Numba
+from kvplug.kernels.numba import Numba
 from kvplug.registry import REGISTRIES
 from kvplug.testing import CodecConformance, check_golden
 

@@ -15,8 +15,9 @@ from forked import forked
 from transformers import GenerationConfig, GenerationMixin
 
 import kvplug
+import kvplug.kernels.numba as package
 from kvplug.compat import cache_argument
-from kvplug.kernels import cpu
+from kvplug.kernels.numba import process
 from kvplug.placement.device import OnDevice
 from kvplug.testing import tiny_llama
 from kvplug.testing.tools import prompt
@@ -53,14 +54,14 @@ def two_threads():
 def test_a_forked_child_goes_on(caplog):
     """With a cache of its own, one of the parent's, and torch's own operations."""
     expected = tokens(CODED), tokens("int8(block=8)+numba")
-    assert cpu.compiled.cache_info().currsize, "the kernel has run"
+    assert process.compiled.cache_info().currsize, "the kernel has run"
     begun = kvplug.build("int8(block=8)", model().config)
     settings = PLAIN | {"return_dict_in_generate": True}
     first = model().generate(prompt(60), **cache_argument(begun), **settings).sequences
     held = threading.Event()
 
     def hold():
-        with cpu.ONE_AT_A_TIME:
+        with process.ONE_AT_A_TIME:
             held.set()
             done.wait()
 
@@ -203,8 +204,8 @@ def test_reserved_room_is_never_read(strategy, monkeypatch):
     clean = run()
     for owner, name in ((OnDevice, "empty"), (kvplug.placement.disk.OnDisk, "empty")):
         monkeypatch.setattr(owner, name, poisoned(getattr(owner, name)))
-    monkeypatch.setattr(cpu, "_floats_of", poisoned(cpu._floats_of))
-    monkeypatch.setattr(cpu, "_rooms", [])
+    monkeypatch.setattr(package, "_floats", poisoned(package._floats))
+    monkeypatch.setattr(package, "_rooms", [])
     assert torch.equal(run(), clean)
     assert filled or strategy in ("kvplug:static",), "transformers' layer fills with zeros"
 

@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numba import njit
 
-from kvplug.kernels import simd
-from kvplug.kernels.simd import LANES
+from kvplug.kernels.numba import simd
+from kvplug.kernels.numba.simd import LANES
 from kvplug.testing.tools import DRAWN
 
 FLOATS = st.floats(-1e4, 1e4, width=32)

@@ -21,9 +21,11 @@ from kvplug.testing.kernel import expected_attention, random_stored
 from kvplug.testing.tools import assert_close, normal, seeded
 
 triton = pytest.importorskip("triton", reason="the kernel is written in triton")
-from kvplug.kernels import cuda  # noqa: E402
+import kvplug.kernels.triton as package  # noqa: E402
+from kvplug.kernels.triton import attend as kernels  # noqa: E402
+from kvplug.kernels.triton import sizes  # noqa: E402
 
-INTERPRETED = cuda.INTERPRETED.value
+INTERPRETED = package.INTERPRETED.value
 DEVICE = "cpu" if INTERPRETED else "cuda"
 runs = pytest.mark.skipif(
     not INTERPRETED and not torch.cuda.is_available(),
@@ -46,7 +48,7 @@ def test_interpreted():
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-class OnDevice(cuda.Triton):
+class OnDevice(package.Triton):
     """The kernel, given tensors of the CPU: the suite has no others."""
 
     def attend(self, query, stored, mask, scale, is_causal):
@@ -108,11 +110,11 @@ def test_shares_of_the_columns_merge(monkeypatch, kernel, codec, masked):
         mask[..., 1, :] = False
     outs, splits = [], []
     for steps in (1, 3, 10**6):
-        attend = Launches(cuda._attend)
-        monkeypatch.setattr(cuda, "STEPS", steps)
-        monkeypatch.setattr(cuda, "PROGRAMS", 10**6)
+        attend = Launches(kernels.attend)
+        monkeypatch.setattr(sizes, "STEPS", steps)
+        monkeypatch.setattr(sizes, "PROGRAMS", 10**6)
         with monkeypatch.context() as patch:
-            patch.setattr(cuda, "_attend", attend)
+            patch.setattr(kernels, "attend", attend)
             outs.append(check(kernel, query, stored, mask))
         splits.append(attend.grids[0][2])
     assert splits[0] > splits[1] > splits[2] == 1
@@ -201,7 +203,7 @@ def test_pieces_of_larger_buffers(kernel, codec):
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 @pytest.mark.parametrize("steps", [1, 10**6])
 def test_what_is_not_a_number_is_not_hidden(monkeypatch, kernel, bad, steps):
-    monkeypatch.setattr(cuda, "STEPS", steps)
+    monkeypatch.setattr(sizes, "STEPS", steps)
     stored = random_stored(coded("int8(block=8)"))
     stored.tail[0][:, :, 2, 3] = bad
     query = normal(1, 4, 1, 16, seed=1)
@@ -222,8 +224,10 @@ def test_masks_are_not_copied(monkeypatch, kernel):
     """A mask is read where it is, however it broadcasts."""
     stored = random_stored(coded("int8(block=8)"), B=2)
     seen = []
-    strided = cuda._strided
-    monkeypatch.setattr(cuda, "_strided", lambda x, *a, **k: seen.append(x) or strided(x, *a, **k))
+    strided = package._strided
+    monkeypatch.setattr(
+        package, "_strided", lambda x, *a, **k: seen.append(x) or strided(x, *a, **k)
+    )
     mask = torch.zeros(stored.length, device=DEVICE)
     kernel.attend(normal(2, 4, 3, 16, seed=1), stored, mask, None, False)
     assert mask.data_ptr() in [x.data_ptr() for x in seen]
@@ -238,15 +242,15 @@ def test_refuses():
 
     cpu, gpu = torch.device("cpu"), torch.device("cuda")
     for spec in ("int8", "int4", "int2", "exact"):
-        assert cuda.Triton().refuses(coded(spec)) is None
-        assert cuda.Triton().refuses(coded(spec), gpu, torch.bfloat16) is None
+        assert package.Triton().refuses(coded(spec)) is None
+        assert package.Triton().refuses(coded(spec), gpu, torch.bfloat16) is None
     reads = "reads blocks of the formats plain and affine; 'other' has a format of its own"
-    assert cuda.Triton().refuses(Other()) == reads
-    refusal = cuda.Triton().refuses(coded("int(k_bits=3, v_bits=6)"))
+    assert package.Triton().refuses(Other()) == reads
+    refusal = package.Triton().refuses(coded("int(k_bits=3, v_bits=6)"))
     assert refusal.endswith("'int(k_bits=3, v_bits=6)' has the format affine_planes")
-    refusal = cuda.Triton().refuses(coded("int8"), gpu, torch.float64)
+    refusal = package.Triton().refuses(coded("int8"), gpu, torch.float64)
     assert refusal == "reads float32, float16 and bfloat16, not torch.float64"
-    refusal = cuda.Triton().refuses(coded("int8"), cpu)
+    refusal = package.Triton().refuses(coded("int8"), cpu)
     needs = "needs a CUDA device, not 'cpu' (TRITON_INTERPRET=1 interprets it)"
     assert refusal == (None if INTERPRETED else needs)
 
@@ -285,10 +289,10 @@ def compiled(monkeypatch, tmp_path):
         pytest.skip("this triton has no compiler for CUDA")
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr(type(triton.runtime.driver), "active", NoDevice())
-    kernels = []
-    for name in ("_attend", "_merge"):
-        monkeypatch.setattr(cuda, name, Compiled(getattr(cuda, name), kernels))
-    return kernels
+    launched = []
+    for name in ("attend", "merge"):
+        monkeypatch.setattr(kernels, name, Compiled(getattr(kernels, name), launched))
+    return launched
 
 
 @compiles
@@ -313,7 +317,7 @@ def test_compiles_for_cuda(compiled, codec, dtype, S, kind):
         }.get(kind)
         if mask is not None:
             mask = mask[..., : stored.length]
-        cuda.Triton().attend(query, stored, mask, None, kind == "causal")
+        package.Triton().attend(query, stored, mask, None, kind == "causal")
     once = len(compiled) // 2
     assert compiled[:once] == compiled[once:]
     assert all(k.metadata.shared <= 99 * 1024 for k in compiled)

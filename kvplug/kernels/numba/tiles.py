@@ -1,0 +1,27 @@
+"""Sizes that wrapper and compiled code share, and how compiled functions are declared."""
+
+import math
+
+import numpy as np
+from numba import njit
+from numba.extending import register_jitable
+
+TILE = 64  # columns at a time
+ROWS = 32  # query rows at a time, of which two or three meet a tile
+LOG2E = np.float32(math.log2(math.e))
+LOWEST = np.float32(-np.inf)
+ZERO, ONE = np.float32(0), np.float32(1)
+
+inlined = njit(forceinline=True, error_model="numpy")
+
+
+@register_jitable
+def scratch_of(Dk, width):
+    """Floats that a worker needs: a tile of keys and of values, its query rows, their scores."""
+    return TILE * (Dk + width) + ROWS * (Dk + TILE)
+
+
+@register_jitable
+def partial_of(width):
+    """Floats that a task leaves: running maximum, sum and output of each row."""
+    return ROWS * (2 + width)
