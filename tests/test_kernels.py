@@ -355,7 +355,7 @@ def test_warmup_compiles_once_for_good(tmp_path):
     copy = shutil.copytree(ours, tmp_path / "kvplug", ignore=shutil.ignore_patterns("__pycache__"))
     kept = tmp_path / "kept"
     # sooner done, kept in the same way
-    env = {"NUMBA_CACHE_DIR": str(kept), "NUMBA_OPT": "0"}
+    env = {"NUMBA_CACHE_DIR": str(kept), "NUMBA_OPT": "1"}
 
     def warmup():
         said = run([sys.executable, "-m", "kvplug", "warmup"], tmp_path, **env).stderr
