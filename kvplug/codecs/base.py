@@ -48,6 +48,8 @@ class Codec(Stage):
                 f"{cls.__name__}: a codec writes encode_side and decode_side, for keys (0) and for "
                 f"values (1), and leaves {' and '.join(both)} to kvplug.Codec"
             )
+        if "decode_side" in vars(cls) and "format" not in vars(cls):
+            cls.format = None  # not that of a parent, which has other bytes
 
     def encode_side(self, x: Tensor, side: int) -> Encoded:
         """Encode keys or values [B, H, N, block, D] of any float dtype.
@@ -62,11 +64,6 @@ class Codec(Stage):
         data: tensors [B, H, N, ...] of that side; those of the other may lie beside them.
         """
         raise NotImplementedError
-
-    def __init_subclass__(cls) -> None:
-        super().__init_subclass__()
-        if "decode_side" in vars(cls) and "format" not in vars(cls):
-            cls.format = None  # not that of a parent, which has other bytes
 
     def max_error(self, data: Encoded, side: int) -> Tensor:
         """The codec's own bound on |decoded - original|, broadcastable to [B, H, N, block, D]."""
