@@ -22,7 +22,7 @@ from kvplug.codecs.formats import decode_affine
 from kvplug.compat import cache_argument
 from kvplug.kernels import auto
 from kvplug.kernels.base import Kernel
-from kvplug.kernels.numba import Numba
+from kvplug.kernels.numba import Numba, process
 from kvplug.kernels.numba.arguments import codes_from, codes_of
 from kvplug.kernels.numba.decode import in_vectors
 from kvplug.kernels.reference import Reference
@@ -351,33 +351,37 @@ PLAIN = "numba and (three_loops or borders or nothing or large_scores or merge) 
 
 def test_warmup_compiles_once_for_good(tmp_path):
     """Said while it happens; the next process finds it on disk, unless a source has changed."""
-    ours = Path(kvplug.__file__).parent
-    copy = shutil.copytree(ours, tmp_path / "kvplug", ignore=shutil.ignore_patterns("__pycache__"))
-    kept = tmp_path / "kept"
-    # sooner done, kept in the same way
-    env = {"NUMBA_CACHE_DIR": str(kept), "NUMBA_OPT": "1"}
-
-    def warmup():
-        said = run([sys.executable, "-m", "kvplug", "warmup"], tmp_path, **env).stderr
-        return said, {f: f.stat().st_mtime_ns for f in kept.rglob("*.nbc")}
-
-    said, files = warmup()
-    assert "compiling the CPU kernel" in said
-    assert files
-    said, again = warmup()
-    assert "compiling" not in said
-    assert again == files
-    # a file without the entry point: Numba's own cache looks at that of the entry point alone
-    with (copy / "kernels" / "numba" / "products.py").open("a") as source:
-        source.write("# changed\n")
-    said, more = warmup()
-    assert "compiling the CPU kernel" in said
-    assert files.items() < more.items()
+    command = [sys.executable, "-m", "kvplug", "warmup"]
+    env = {"NUMBA_CACHE_DIR": str(tmp_path), "NUMBA_OPT": "1"}  # sooner done, kept in the same way
+    first = run(command, **env)
+    assert "compiling the CPU kernel" in first.stderr
+    files = {f: f.stat().st_mtime_ns for f in tmp_path.rglob("*.nbc")}
+    assert [process.sources() in f.name for f in files] == [True]
+    second = run(command, **env)
+    assert "compiling" not in second.stderr
+    assert {f: f.stat().st_mtime_ns for f in tmp_path.rglob("*.nbc")} == files
 
 
-def run(command, cwd=None, **env):
+def test_a_change_of_any_source_is_looked_up_under_another_name(tmp_path):
+    """Numba by itself looks at the time stamp of the file with the entry point alone."""
+    folder = Path(process.__file__).parent
+    files = sorted(path.name for path in folder.glob("*.py"))
+    assert {"attend.py", "decode.py", "products.py", "simd.py", "tiles.py"} < set(files)
+    names = set()
+    for changed in (None, *files):
+        copy = tmp_path / str(changed)
+        shutil.copytree(folder, copy, ignore=shutil.ignore_patterns("__pycache__"))
+        if changed is None:
+            assert process.sources(copy) == process.sources()
+        else:
+            (copy / changed).write_text((copy / changed).read_text() + "# changed\n")
+        names.add(process.sources(copy))
+    assert len(names) == len(files) + 1
+
+
+def run(command, **env):
     done = subprocess.run(
-        command, env=os.environ | env, cwd=cwd, capture_output=True, text=True, timeout=300
+        command, env=os.environ | env, capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return done
