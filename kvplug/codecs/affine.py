@@ -20,7 +20,7 @@ F16_MAX = torch.finfo(torch.float16).max
 
 
 def _bits(default: int) -> Any:
-    return option(default, "bits per key or value", choices=(*WIDTHS, *PLANES))
+    return option(default, "bits per key or value", choices=tuple(sorted((*WIDTHS, *PLANES))))
 
 
 def _tail(default: int) -> Any:
