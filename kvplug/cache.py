@@ -57,6 +57,7 @@ class Cache(transformers.Cache):
         super().__init__(layers=layers)
         self.strategy, self._stats = strategy, stats
         self._unpadded_only = unpadded_only  # why no batch with padding can be served
+        self.may_grow = False  # whether `generate` may: it chose the length of a static layout
 
     def nbytes(self) -> int:
         """Bytes of all tensors reachable from here, shared storage once, reserved room included."""
@@ -142,18 +143,54 @@ class Cache(transformers.Cache):
         for layer in self._ours():
             layer.set_padding(padding)
 
-    def check_room(self, tokens: int) -> None:
-        """Raise CacheOverflow where a call that may reach `tokens` in all would find no room.
+    def ensure_room(self, tokens: int) -> None:
+        """See to it that a call that may reach `tokens` in all finds room.
 
-        `generate` does this before the model runs.
+        `generate` does this before the model runs. A static cache whose length it has chosen itself
+        grows; where you have said `max_cache_len`, that holds, and CacheOverflow is raised.
         """
         limit = self.strategy.layout.limit
-        if limit is not None and tokens > limit:
+        if limit is None or tokens <= limit:
+            return
+        if not self.may_grow:
             raise CacheOverflow(
                 f"static cache of max_cache_len={limit} holds {int(self.get_seq_length())} tokens "
                 f"and cannot take the {tokens} that this call may reach; build it with "
-                f"max_cache_len >= {tokens}, or ask for fewer new tokens"
+                f"max_cache_len >= {tokens}, or let it grow({tokens}), or ask for fewer new tokens"
             )
+        self.grow(tokens)
+
+    def grow(self, max_cache_len: int) -> None:
+        """Reserve room for `max_cache_len` tokens in all; nothing to do where there is as much.
+
+        What is held stays as it is, at a new address, so that compiled decoding is compiled once
+        more. Layer by layer, so that no more than one is there twice. What fails changes nothing.
+
+        Raises:
+            CacheOverflow: a layer that is transformers' own has a fixed length.
+        """
+        limit = self.strategy.layout.limit
+        if limit is None or max_cache_len <= limit:
+            return
+        fixed = {
+            type(layer).__name__
+            for layer in self.layers
+            if isinstance(layer, compat.StaticLayer) and not isinstance(layer, AttentionLayer)
+        }
+        if fixed:
+            raise CacheOverflow(
+                f"static cache of max_cache_len={limit} cannot grow to {max_cache_len}: layers of "
+                f"transformers' own have a fixed length: {', '.join(sorted(fixed))}; build it with "
+                f"max_cache_len >= {max_cache_len}"
+            )
+        try:
+            for layer in self._ours():
+                layer.resize(max_cache_len)
+        except BaseException:
+            for layer in self._ours():
+                layer.resize(limit)
+            raise
+        self.strategy = self.strategy.with_room(max_cache_len)
 
     def check_positions(self, position_ids: Tensor, attention_mask: Tensor | None) -> None:
         """Refuse positions that sinks would be turned to wrongly, as `generate` does.

@@ -190,8 +190,8 @@ def _prepare(original: Any) -> Any:
             own = _decoder_cache(given)
             if isinstance(own, Cache):
                 own.check_layers(self.config)
-                own.check_room(reserve)
                 tell(own)
+                own.ensure_room(reserve)
                 if own is not given:
                     _put(model_kwargs, given, Pair.of(given, own))
             if ours and generation_config.is_assistant:
@@ -204,12 +204,15 @@ def _prepare(original: Any) -> Any:
                 f"cache_implementation={name!r} cannot apply"
             )
         config = self.config.get_text_config(decoder=True)
-        strategy = parse(name, generation_config.cache_config).resolve(
+        asked = parse(name, generation_config.cache_config)
+        strategy = asked.resolve(
             config,
             max_cache_len=max(reserve, generation_config.max_cache_len or 0),
             open_ended=generation_config.is_assistant,
         )
         cache = build(strategy, config)
+        # what the caller has not fixed, a later call with this cache may change
+        cache.may_grow = asked.layout.limit is None and not generation_config.max_cache_len
         tell(cache)
         result = prepare(_without_ours(generation_config, static=False))
         theirs = cache_in(model_kwargs)

@@ -82,6 +82,10 @@ class Strategy:
         """The same strategy with some stages exchanged."""
         return dataclasses.replace(self, **stages)
 
+    def with_room(self, tokens: int) -> Strategy:
+        """The same strategy, whose static layout reserves room for `tokens`."""
+        return self.replace(layout=dataclasses.replace(self.layout, max_cache_len=tokens))
+
     def resolve(
         self,
         config: PreTrainedConfig,

@@ -70,6 +70,10 @@ class AttentionLayer(RowOperations):
         """Tokens that the next query can see, itself not counted."""
         raise NotImplementedError
 
+    def resize(self, limit: int) -> None:
+        """Have room for `limit` tokens, no fewer than are held, where a layout limits them."""
+        raise NotImplementedError
+
     def encoded(self) -> tuple[int, int, Encoded | None]:
         """The first column that lies in a block, the first after these, and the blocks."""
         return 0, 0, None
@@ -96,5 +100,5 @@ def overflow(limit: int, seen: int, S: int) -> str:
     """The text of CacheOverflow."""
     return (
         f"static cache of max_cache_len={limit} holds {seen} tokens and cannot take {S} more; "
-        f"build it with max_cache_len >= {seen + S}"
+        f"build it with max_cache_len >= {seen + S}, or let it grow({seen + S})"
     )

@@ -26,6 +26,22 @@ def lasting() -> AbstractContextManager:
     return nullcontext()
 
 
+def resized(room: Tensor, rows: int) -> Tensor:
+    """Room [B, H, rows, ...] at a new address, with what `room` [B, H, C, ...] holds, then zeros.
+
+    As static rooms are, it is marked as one whose address compiled graphs may rely on. Where `room`
+    has as many rows it stays.
+    """
+    if room.shape[2] == rows:
+        return room
+    n = min(rows, room.shape[2])
+    with lasting():
+        new = room.new_zeros(*room.shape[:2], rows, *room.shape[3:])
+        new[:, :, :n] = room[:, :, :n]
+    torch._dynamo.mark_static_address(new)
+    return new
+
+
 class Buffer:
     """Named tensors [B, H, C, ...] of which rows `start:end` on axis 2 are in use.
 
@@ -94,6 +110,12 @@ class Buffer:
     def drop_last(self, n: int) -> None:
         """Forget the last n rows."""
         self.end -= n
+
+    def resize(self, reserve: int) -> None:
+        """Never shrink below `reserve` rows from now on, and have room for as many at once."""
+        self.reserve = reserve
+        if self.tensors and self.capacity != max(len(self), reserve):
+            self._reallocate(max(len(self), reserve), self.tensors)
 
     def map(self, change: Callable[[Tensor], Tensor]) -> None:
         """Replace every tensor [B, H, rows, ...] in use by `change` of it, of any B and rows."""

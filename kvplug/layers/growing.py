@@ -73,23 +73,34 @@ class Layer(AttentionLayer, CacheLayerMixin):
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Learn dtype and device from tokens [B, H, S, D]; reserve what a static layout asks."""
         self.dtype, self.device = key_states.dtype, key_states.device
-        retention, codec = self.strategy.retention, self.strategy.codec
-        self.kernel = self.strategy.kernel.resolve(codec, self.device, self.dtype)
-        room = self.strategy.layout.limit or 0  # columns reserved ahead
-        if retention.newest is not None:
-            room = min(room, retention.first + retention.newest + codec.block)
-        tail_room = min(room, codec.tail + codec.block) if self.cuts_blocks else room
+        self.kernel = self.strategy.kernel.resolve(self.strategy.codec, self.device, self.dtype)
+        tail_room, block_room = self._room()
         self.tail = Buffer(OnDevice(), self.device, 16, tail_room)
         # steady: new blocks come while attention still reads what `update` returned
-        block_room = -(-room // codec.block) if self.cuts_blocks else 0
         self.blocks = Buffer(self.place, self.device, 1, block_room, steady=True)
         deepest = 0
         if self.padding is None:
             self.padding = torch.zeros(key_states.shape[0], dtype=torch.long, device=self.device)
         elif self.sinks is not None:
             deepest = int(self.padding.max())
-        self._last_sink = deepest + retention.first if self.sinks is not None else 0
+        self._last_sink = deepest + self.sinks.count if self.sinks is not None else 0
         self.is_initialized = True
+
+    def _room(self) -> tuple[int, int]:
+        """Rows of the tail and blocks that are reserved ahead."""
+        retention, codec = self.strategy.retention, self.strategy.codec
+        room = self.strategy.layout.limit or 0  # columns
+        if retention.newest is not None:
+            room = min(room, retention.first + retention.newest + codec.block)
+        if not self.cuts_blocks:
+            return room, 0
+        return min(room, codec.tail + codec.block), -(-room // codec.block)
+
+    def resize(self, limit: int) -> None:
+        self.strategy = self.strategy.with_room(limit)
+        if self.is_initialized:
+            for buffer, rows in zip((self.tail, self.blocks), self._room(), strict=True):
+                buffer.resize(rows)
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any

@@ -62,6 +62,12 @@ class Static(Layout):
 
     `torch.compile(model, fullgraph=True)` decodes without recompiling. `generate` fills in
     `max_cache_len`, `kvplug.build` takes it as an argument; more tokens raise CacheOverflow.
+
+    A length that `generate` has filled in may grow: a later call that is given the cache and needs
+    more room moves it to a larger one before the model runs, and a compiled step is compiled once
+    more, since addresses and shapes are new. A `max_cache_len` of yours, wherever you said it,
+    holds: such a call raises CacheOverflow, which says the length; `Cache.grow` changes it.
+
     Compiled decoding needs full+device, exact or coded. With `window`, `sinks`, `host` or `disk`
     room is reserved all the same, but lengths are Python integers and the cache says
     `is_compileable = False`.

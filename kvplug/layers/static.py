@@ -11,7 +11,7 @@ from ..compat import StaticLayer as TransformersStaticLayer
 from ..errors import CacheOverflow
 from .base import AttentionLayer, overflow, removed
 from .batch import check_alike, rebatch
-from .buffer import lasting
+from .buffer import lasting, resized
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -72,6 +72,16 @@ class StaticLayer(AttentionLayer, TransformersStaticLayer):
         """All room, from column 0."""
         self._check_room(query_length)
         return self.max_cache_len, 0
+
+    def resize(self, limit: int) -> None:
+        self.strategy, self.max_cache_len = self.strategy.with_room(limit), limit
+        if self.is_initialized:
+            self._resize()
+
+    def _resize(self) -> None:
+        # the old room of keys is gone before that of values is made
+        self.keys = resized(self.keys, self.max_cache_len)
+        self.values = resized(self.values, self.max_cache_len)
 
     def held(self) -> int:
         return int(self.cumulative_length)

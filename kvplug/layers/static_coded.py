@@ -12,7 +12,7 @@ from ..attention.stored import Stored
 from ..attention.view import views
 from .base import removed
 from .batch import rebatch
-from .buffer import lasting
+from .buffer import lasting, resized
 from .state import nest, rows
 from .static import StaticLayer
 
@@ -61,11 +61,12 @@ class StaticCodedLayer(StaticLayer):
         codec = self.strategy.codec
         self.dtype, self.device = key_states.dtype, key_states.device
         self.batch_size = key_states.shape[0]
-        N, R = -(-self.max_cache_len // codec.block), codec.tail + codec.block
+        R = codec.tail + codec.block
         self.tail = [x.new_zeros(*x.shape[:2], R, x.shape[-1]) for x in (key_states, value_states)]
         block = codec.encode(*(x[:, :, : codec.block].unsqueeze(2) for x in self.tail))
         self.blocks: Encoded = {
-            name: x.repeat(1, 1, N + 1, *[1] * (x.dim() - 3)) for name, x in block.items()
+            name: x.repeat(1, 1, self._block_room(), *[1] * (x.dim() - 3))
+            for name, x in block.items()
         }
         self.cumulative_length = self.cumulative_length.to(self.device)
         self.block_count = torch.zeros((), dtype=torch.long, device=self.device)
@@ -73,6 +74,13 @@ class StaticCodedLayer(StaticLayer):
             for x in (*self.blocks.values(), *self.tail, self.cumulative_length, self.block_count):
                 torch._dynamo.mark_static_address(x)
         self.is_initialized = True
+
+    def _block_room(self) -> int:
+        return 1 - (-self.max_cache_len // self.strategy.codec.block)  # rounded up, and the spare
+
+    def _resize(self) -> None:
+        for name, x in self.blocks.items():
+            self.blocks[name] = resized(x, self._block_room())
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """All room for a decode step, whose shapes must not change; else what is in use."""

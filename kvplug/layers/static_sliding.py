@@ -11,7 +11,7 @@ from ..compat import StaticSlidingWindowLayer
 from ..errors import CacheOverflow, Evicted
 from .base import AttentionLayer, overflow, removed
 from .batch import check_alike, rebatch
-from .buffer import lasting
+from .buffer import lasting, resized
 from .state import nest, rows
 
 if TYPE_CHECKING:
@@ -32,6 +32,7 @@ class StaticSlidingLayer(AttentionLayer, StaticSlidingWindowLayer):
 
     def __init__(self, slot: Slot) -> None:
         self.slot, self.strategy, window = slot, slot.strategy, slot.sliding_window
+        self.sliding_window = window
         max_cache_len = self.strategy.layout.limit
         with lasting():
             super().__init__(max_cache_len=max_cache_len, sliding_window=window)
@@ -70,6 +71,13 @@ class StaticSlidingLayer(AttentionLayer, StaticSlidingWindowLayer):
         """All room; more once the window slides and `query_length` tokens come at once."""
         self._check_room(query_length)
         return super().get_mask_sizes(query_length)
+
+    def resize(self, limit: int) -> None:
+        self.strategy, room = self.strategy.with_room(limit), min(limit, self.sliding_window)
+        self.never_slides = limit < self.sliding_window
+        self.max_cache_len = room
+        if self.is_initialized:  # where the room changes, nothing has slid yet
+            self.keys, self.values = resized(self.keys, room), resized(self.values, room)
 
     def held(self) -> int:
         return min(self.cumulative_length_int, self.max_cache_len)
