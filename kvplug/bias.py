@@ -26,20 +26,14 @@ def refusals(config: PreTrainedConfig, strategy: Strategy) -> tuple[str | None, 
     if windowed and hasattr(config, "relative_attention_num_buckets"):  # T5 and its kin
         return (
             f"the position bias of {model} counts keys from the first token on, of which "
-            f"{strategy} drops some: use full",
+            f"{strategy} drops some: use full, with any codec and placement, as in 'int8+host'",
             None,
         )
     compiled = strategy.layout.is_compileable(strategy)
     if compiled and config.model_type == "gpt_neo":
         return (
             f"the causal mask of {model} takes the last column for the newest token, and "
-            f"{strategy} has empty room there: use full+growing",
-            None,
-        )
-    if compiled and hasattr(config, "cross_attention_layers"):
-        return (
-            f"{model} has layers with as many columns as its images, and {strategy} reserves the "
-            "same room in all: use full+growing",
+            f"{strategy} has empty room there: use full+growing, with any codec and placement",
             None,
         )
     bloom = config.model_type == "bloom"
@@ -53,8 +47,11 @@ def refusals(config: PreTrainedConfig, strategy: Strategy) -> tuple[str | None, 
     if bloom and hasattr(compat.modeling(config), "_get_alibi_slopes"):
         if compiled and not strategy.is_coded:
             return None, None  # the mask is padded to all room
-        return None, f"{why}: for rows of unlike length use full+growing, or one row at a time"
-    return f"{why}: use full+growing", None
+        return None, (
+            f"{why}: for rows of unlike length use full+growing, with any codec and placement, or "
+            "one row at a time"
+        )
+    return f"{why}: use full+growing, with any codec and placement, as in 'int8+host'", None
 
 
 def refusal_of_attentions(config: PreTrainedConfig, cache: Cache) -> str | None:

@@ -23,15 +23,17 @@ from .compat import (
 from .errors import CacheOverflow, Mismatch, SpecError
 from .layers.base import AttentionLayer, Slot
 from .layers.combined import with_state
+from .layers.layout import Growing
 from .layers.probe import positions_depend_on_images
 from .layers.rotation import turns
 from .layers.state import attributes, nest, part, set_attributes
 from .retention.base import Scored
+from .retention.full import Full
 from .spec import PREFIX, Strategy, parse
 from .stats import Stats
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
     from torch import Tensor
     from transformers import PreTrainedConfig
@@ -183,11 +185,12 @@ class Cache(transformers.Cache):
                 f"transformers' own have a fixed length: {', '.join(sorted(fixed))}; build it with "
                 f"max_cache_len >= {max_cache_len}"
             )
+        limited = [layer for layer in self._ours() if layer.strategy.layout.limit]
         try:
-            for layer in self._ours():
+            for layer in limited:
                 layer.resize(max_cache_len)
         except BaseException:
-            for layer in self._ours():
+            for layer in limited:
                 layer.resize(limit)
             raise
         self.strategy = self.strategy.with_room(max_cache_len)
@@ -275,9 +278,10 @@ def build(
         cache_config: more arguments of the strategy by name, e.g. `{"group": 32, "tail": 128}`.
 
     Layers of sliding-window attention keep the model's window and take codec and placement; under
-    a compilable static layout they stay in full precision. Where a layer holds attention and a
-    linear-attention state, the attention is served. Linear-attention, conv, indexed and dummy
-    layers are transformers' own.
+    a compilable static layout they stay in full precision. Layers of cross-attention to images
+    keep all of these, and are transformers' own under such a layout. Where a layer holds attention
+    and a linear-attention state, the attention is served. Linear-attention, conv, indexed and
+    dummy layers are transformers' own.
 
     Raises:
         SpecError: the strategy cannot be read or built, or not for this model.
@@ -296,10 +300,17 @@ def build(
     stay = theirs
     if strategy.layout.is_compileable(strategy):
         stay = transformers.StaticCache(config=config, max_cache_len=strategy.layout.limit).layers
-    turn = _turns(strategy, config, theirs)
+    # Mllama's: their tokens are those of images
+    crossed = getattr(text, "cross_attention_layers", ())
+    turn = _turns(strategy, config, theirs, crossed)
     layers = []
     for i, layer in enumerate(theirs):
         own, window = strategy.at(i, len(theirs)), getattr(layer, "sliding_window", None)
+        if i in crossed:
+            if stay is not theirs:  # of transformers' own, one that has the columns it is given
+                layers.append(layer)
+                continue
+            own = own.replace(retention=Full(), layout=Growing())
         slot = Slot(own, place, stats, window, turn.get(i), strategy.is_coded)
         layers.append(_layer(layer, slot) or stay[i])
     served = [
@@ -307,8 +318,15 @@ def build(
     ]
     if not any(served):
         kinds = ", ".join(sorted({type(layer).__name__ for layer in theirs})) or "none"
+        advice = (
+            "'static' leaves windows in full precision; use it without a codec, or the codec "
+            "without it"
+            if any(type(layer) in SLIDING for layer in theirs)
+            else "leave the cache to transformers for this model"
+        )
         raise SpecError(
-            f"{strategy}: {type(config).__name__} has no attention layer it could serve: {kinds}"
+            f"{strategy}: {type(config).__name__} has no attention layer it could serve: {kinds}; "
+            f"{advice}"
         )
     for i, codec in strategy.named(len(theirs)).items():
         if not served[i]:
@@ -330,9 +348,11 @@ def _check_known(theirs: list, strategy: Strategy, config: PreTrainedConfig) -> 
         )
 
 
-def _turns(strategy: Strategy, config: PreTrainedConfig, theirs: list[Any]) -> dict[int, Turn]:
+def _turns(
+    strategy: Strategy, config: PreTrainedConfig, theirs: list[Any], crossed: Sequence[int]
+) -> dict[int, Turn]:
     """How the layers that keep first tokens turn what they store."""
-    full = tuple(i for i, layer in enumerate(theirs) if type(layer) in FULL)
+    full = tuple(i for i, x in enumerate(theirs) if type(x) in FULL and i not in crossed)
     if not strategy.retention.first or not full:
         return {}
     text = config.get_text_config(decoder=True)
@@ -342,7 +362,7 @@ def _turns(strategy: Strategy, config: PreTrainedConfig, theirs: list[Any]) -> d
             "and pinned keys would stand in the future; for prompts of text alone build from "
             "config.get_text_config(), else use 'window'"
         )
-    return turns(text, full)
+    return turns(config if config.is_encoder_decoder else text, full)
 
 
 def _layer(theirs: Any, slot: Slot) -> AttentionLayer | None:

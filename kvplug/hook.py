@@ -145,7 +145,7 @@ def _watched(original: Any) -> Any:
         if asked and not isinstance(_decoder_cache(cache_in(model_kwargs)), Cache):
             raise SpecError(
                 f"{type(self).__name__} prepares a cache of its own kind: "
-                f"cache_implementation={name!r} cannot apply"
+                f"cache_implementation={name!r} cannot apply; leave it out for this model"
             )
         return result
 
@@ -201,9 +201,11 @@ def _prepare(original: Any) -> Any:
         if compat.builds_own_cache(self):
             raise SpecError(
                 f"{type(self).__name__} builds its own kind of cache: "
-                f"cache_implementation={name!r} cannot apply"
+                f"cache_implementation={name!r} cannot apply; leave it out for this model"
             )
-        config = self.config.get_text_config(decoder=True)
+        # of a decoder alone no model could be built, to see what it writes
+        whole = self.config.is_encoder_decoder
+        config = self.config if whole else self.config.get_text_config(decoder=True)
         asked = parse(name, generation_config.cache_config)
         strategy = asked.resolve(
             config,

@@ -46,8 +46,18 @@ def test_slice(cell):
         # what empty room, or fewer columns than tokens, would spoil in the model's own code
         ("gpt_neo, local / greedy / static", ("refused", "last column")),
         ("falcon, multi-query / output_attentions / static", ("refused", "'eager'")),
-        ("mllama, cross-attention / picture or sound / static", ("refused", "images")),
         ("falcon, alibi / greedy / static", ("refused", "alibi")),
+        # of the columns of an image none is dropped, and no room is reserved for more
+        ("mllama, cross-attention / picture or sound / static", ("exact", "")),
+        ("mllama, cross-attention / picture or sound / static+int4", ("bound", "")),
+        ("mllama, cross-attention / picture or sound / sinks", ("bound", "")),
+        # decoders, of which no model can be built alone
+        ("whisper / beams / sinks", ("bound", "")),
+        ("moonshine / greedy / sinks", ("bound", "")),
+        ("t5gemma, sliding / greedy / sinks+int8", ("bound", "")),
+        # more room than the first turn asked for
+        ("llama / second turn / static", ("exact", "")),
+        ("gemma3, sliding / second turn / static+int4", ("bound", "")),
     ],
 )
 def test_cells_that_were_wrong_or_crashed(cell, expected):

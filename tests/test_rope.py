@@ -7,9 +7,11 @@ import torch
 import transformers
 
 import kvplug
-from kvplug.compat import cache_argument
+from kvplug.compat import cache_argument, output_cache
 from kvplug.layers.growing import Layer
 from kvplug.layers.rotation import turns
+from kvplug.testing.architectures import ARCHITECTURES
+from kvplug.testing.architectures import make as make_kind
 from kvplug.testing.tools import prompt, random_model
 
 BASE = {
@@ -434,3 +436,29 @@ def test_callers_defaults_do_not_matter():
     with torch.device("meta"), torch.inference_mode():
         learned = turns(config, (0,))[0][0]
     assert float(learned.inv_freq[1]) == pytest.approx(77.0 ** (-2 / 16))
+
+
+@pytest.mark.parametrize(
+    ("name", "turned"), [("whisper", False), ("moonshine", True), ("t5gemma, sliding", True)]
+)
+def test_decoders_are_learned_from_with_the_encoders_they_read(name, turned):
+    """Moonshine and T5Gemma turn keys, Whisper adds positions before."""
+    config = make_kind(name).config
+    layers = kvplug.build("sinks", config).layers
+    sinks = [layer.sinks for layer in layers if getattr(layer, "sinks", None)]
+    assert sinks
+    for sink in sinks:
+        assert (sink.turn[0] is not None) == turned
+        assert sink.turn[1] is None
+
+
+def test_columns_of_images_are_neither_pinned_nor_dropped():
+    """A window shorter than what Mllama's cross-attention looks at."""
+    architecture = ARCHITECTURES["mllama, cross-attention"]
+    model = make_kind("mllama, cross-attention")
+    inputs = architecture.media(prompt(13, 2))
+    options = {"do_sample": False, "max_new_tokens": 8, "return_dict_in_generate": True}
+    columns = output_cache(model.generate(**inputs, **options)).layers[1].keys.shape[2]
+    for spec in ("window(length=3)", "sinks(sinks=1, window=3)+int8(block=2)", "static"):
+        out = model.generate(**inputs, **options, cache_implementation=f"kvplug:{spec}")
+        assert output_cache(out).layers[1].keys.shape[2] == columns > 3

@@ -173,7 +173,9 @@ def _inputs(model: nn.Module, config: PreTrainedConfig, recorder: _Recorder) -> 
     if not config.is_encoder_decoder:
         return {"input_ids": ids, name: recorder, "use_cache": True}
     cache = transformers.EncoderDecoderCache(recorder, transformers.DynamicCache())
-    encoded = BaseModelOutput(last_hidden_state=torch.zeros(1, 1, config.hidden_size))
+    encoder = getattr(config, "encoder", config)
+    encoded = BaseModelOutput(last_hidden_state=torch.zeros(1, 1, encoder.hidden_size))
+    encoded.attention_mask = None  # Moonshine's encoder gives one
     return {"decoder_input_ids": ids, "encoder_outputs": encoded, name: cache, "use_cache": True}
 
 

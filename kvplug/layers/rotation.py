@@ -100,7 +100,7 @@ def _learn(config: PreTrainedConfig, layers: tuple[int, ...]) -> dict[int, Turn]
         except LookupError:
             why = (
                 f"frequencies of rope_type {', '.join(map(repr, changing))} change with length; "
-                f"accepted: {', '.join(FIXED_FREQUENCIES)}"
+                f"accepted: {', '.join(FIXED_FREQUENCIES)}; use 'window'"
                 if changing
                 else f"layer {layer} changes them after the turn, or turns them by frequencies "
                 "that its rotary embedding does not show; use 'window'"

@@ -47,7 +47,7 @@ def check_rotation(model: Any, spec: str, inputs: dict[str, Any] | None = None) 
         except (TypeError, ValueError):
             return  # it takes no positions: it has none, or counts them itself
         caches.append(cache)
-    ours = build(spec, config)
+    ours = build(spec, model.config if model.config.is_encoder_decoder else config)
     for i, (layer, near, far) in enumerate(
         zip(ours.layers, *(c.layers for c in caches), strict=True)
     ):
