@@ -469,13 +469,16 @@ class Absent(Exception):
     """The installed transformers has no such architecture."""
 
 
-def make(name: str, seed: int = 0) -> Any:
-    """The model of that name in `ARCHITECTURES`, on the CPU, ready for `generate`."""
+def make(name: str, seed: int = 0, **overrides: Any) -> Any:
+    """The model of that name in `ARCHITECTURES`, on the CPU, ready for `generate`.
+
+    overrides: of its settings.
+    """
     architecture = ARCHITECTURES[name]
     kind = getattr(transformers, f"{architecture.config}Config", None)
     if kind is None:
         raise Absent(f"transformers {transformers.__version__} has no {architecture.config}Config")
-    config = kind(**architecture.settings)
+    config = kind(**(architecture.settings | overrides))
     state = torch.random.get_rng_state()
     try:
         torch.manual_seed(seed)
