@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Self
 
@@ -72,7 +73,9 @@ class AttentionLayer(RowOperations):
 
     def resize(self, limit: int) -> None:
         """Have room for `limit` tokens, no fewer than are held, where a layout limits them."""
-        raise NotImplementedError
+        whole = self.slot.strategy.with_room(limit)
+        self.slot = dataclasses.replace(self.slot, strategy=whole)  # what copies are built from
+        self.strategy = self.strategy.with_room(limit)
 
     def encoded(self) -> tuple[int, int, Encoded | None]:
         """The first column that lies in a block, the first after these, and the blocks."""

@@ -97,7 +97,7 @@ class Layer(AttentionLayer, CacheLayerMixin):
         return min(room, codec.tail + codec.block), -(-room // codec.block)
 
     def resize(self, limit: int) -> None:
-        self.strategy = self.strategy.with_room(limit)
+        super().resize(limit)
         if self.is_initialized:
             for buffer, rows in zip((self.tail, self.blocks), self._room(), strict=True):
                 buffer.resize(rows)

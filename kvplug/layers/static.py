@@ -74,7 +74,8 @@ class StaticLayer(AttentionLayer, TransformersStaticLayer):
         return self.max_cache_len, 0
 
     def resize(self, limit: int) -> None:
-        self.strategy, self.max_cache_len = self.strategy.with_room(limit), limit
+        super().resize(limit)
+        self.max_cache_len = limit
         if self.is_initialized:
             self._resize()
 

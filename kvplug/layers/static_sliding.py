@@ -73,7 +73,8 @@ class StaticSlidingLayer(AttentionLayer, StaticSlidingWindowLayer):
         return super().get_mask_sizes(query_length)
 
     def resize(self, limit: int) -> None:
-        self.strategy, room = self.strategy.with_room(limit), min(limit, self.sliding_window)
+        super().resize(limit)
+        room = min(limit, self.sliding_window)
         self.never_slides = limit < self.sliding_window
         self.max_cache_len = room
         if self.is_initialized:  # where the room changes, nothing has slid yet
