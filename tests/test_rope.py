@@ -459,6 +459,6 @@ def test_columns_of_images_are_neither_pinned_nor_dropped():
     inputs = architecture.media(prompt(13, 2))
     options = {"do_sample": False, "max_new_tokens": 8, "return_dict_in_generate": True}
     columns = output_cache(model.generate(**inputs, **options)).layers[1].keys.shape[2]
-    for spec in ("window(length=3)", "sinks(sinks=1, window=3)+int8(block=2)", "static"):
+    for spec in ("window(length=3)", "sinks(sinks=1, window=3)+int8(block=8)", "static"):
         out = model.generate(**inputs, **options, cache_implementation=f"kvplug:{spec}")
         assert output_cache(out).layers[1].keys.shape[2] == columns > 3
