@@ -19,6 +19,7 @@ from .compat import (
     LinearAttentionAndFullAttentionLayer,
     LinearAttentionAndSlidingWindowAttentionLayer,
     LinearAttentionLayer,
+    StaticLayer,
 )
 from .errors import CacheOverflow, Mismatch, SpecError
 from .layers.base import AttentionLayer, Slot
@@ -177,7 +178,7 @@ class Cache(transformers.Cache):
         fixed = {
             type(layer).__name__
             for layer in self.layers
-            if isinstance(layer, compat.StaticLayer) and not isinstance(layer, AttentionLayer)
+            if isinstance(layer, StaticLayer) and not isinstance(layer, AttentionLayer)
         }
         if fixed:
             raise CacheOverflow(
