@@ -1,11 +1,11 @@
 """The packaged real model and text, once per run. Everything here is marked `model`."""
 
-import os
 from pathlib import Path
 
 import pytest
 import torch
 
+from evals.setup import data
 from evals.setup import model as packaged
 
 PROMPTS = (
@@ -13,7 +13,6 @@ PROMPTS = (
     "Question: why is the sky blue?\nAnswer:",
     "def fibonacci(n):\n    ",
 )
-WIKITEXT = Path(__file__).parents[3] / "shared/data/wikitext-2-raw/wiki.test.raw"
 
 
 def pytest_collection_modifyitems(items):
@@ -42,8 +41,5 @@ def prompts(real):
 
 @pytest.fixture(scope="session")
 def text(real):
-    """Token ids [T] of WikiText-2 raw, test split."""
-    path = Path(os.environ.get("KVPLUG_WIKITEXT", WIKITEXT))
-    if not path.exists():
-        pytest.skip(f"WikiText-2 raw is not at {path}; set KVPLUG_WIKITEXT to wiki.test.raw")
-    return real[1](path.read_text(), return_tensors="pt", verbose=False).input_ids[0]
+    """Token ids [T] of the text that every Python carries: the same tests wherever they run."""
+    return data.load(data.EMBEDDED).tokens(real[1], need=0)
