@@ -4,12 +4,16 @@ import copy
 
 import pytest
 import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 from transformers import DynamicCache
 
 import kvplug
 from kvplug.compat import cache_argument
+from kvplug.placement.device import OnDevice
 from kvplug.testing import tiny_llama
-from kvplug.testing.tools import assert_close, dense, normal, prompt
+from kvplug.testing.oracle import EACH, STEP, Machine
+from kvplug.testing.tools import DRAWN, assert_close, dense, normal, prompt
 
 SPECS = ["growing", "int8(block=8)", "window(length=20)", "static", "static+int8(block=8)"]
 
@@ -99,6 +103,31 @@ def test_a_copy_does_not_take_along_what_is_under_way():
     layer._fetched = None
     for a, b in zip(twin.update(new, new), layer.update(new, new), strict=True):
         assert torch.equal(dense(a), dense(b))
+
+
+class Copies(OnDevice):
+    """Brings copies, as host memory does to CUDA."""
+
+    def prefetch(self, data, device):
+        return {name: x.clone() for name, x in data.items()}
+
+
+class Early(Machine):
+    """Has blocks under way after each update, whatever happens to the layer before the next."""
+
+    def update(self, S):
+        super().update(S)
+        self.layer.place = Copies()
+        self.layer.prefetch()
+        assert not len(self.layer.blocks) or self.layer._fetched
+
+
+@pytest.mark.parametrize("spec", ["int8(block=8)", "sinks(sinks=2, window=18)+exact(block=8)+host"])
+@given(steps=st.lists(STEP, min_size=3, max_size=24))
+@example(steps=EACH)
+@settings(DRAWN, max_examples=40)
+def test_blocks_under_way_are_not_read_once_they_have_changed(spec, steps):
+    Early(kvplug.parse(spec), [0, 3, 1]).run([("update", 20), *steps, ("update", 1)])
 
 
 @pytest.mark.parametrize("spec", STRATEGIES)

@@ -139,6 +139,16 @@ STEP = st.one_of(
 )
 
 
+# steps that reach each of them, and rollbacks that end in the tail, in a block and beyond one
+EACH = [
+    *(("update", n) for n in (13, 1, 1, 1, 8)), ("reorder", 1), ("update", 1), ("select", 3),
+    ("update", 5), ("crop", 2), ("update", 1), ("record", 0), ("update", 9), ("crop", 5),
+    *[("update", 1)] * 4, ("crop", 4), ("crop", 5), ("update", 1), ("crop", 9), ("repeat", 2),
+    ("update", 3), ("mask", 2), ("crop", 13), ("copy", 0), ("update", 20), ("crop", 1),
+    ("update", 1),
+]  # fmt: skip
+
+
 class Machine:
     """Runs drawn steps on a layer and its oracle, and compares them after each."""
 
@@ -193,6 +203,8 @@ class Machine:
             assert end == encoded, "nothing is encoded before `crop`"
         elif layer.cuts_blocks:
             assert oracle.seen - max(end, begin) <= codec.tail + codec.block - 1
+        if end > encoded:
+            assert oracle.seen - end >= codec.tail, "the newest tokens are not encoded yet"
 
     def crop(self, n: int) -> None:
         oracle = self.oracle
