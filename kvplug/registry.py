@@ -19,7 +19,7 @@ class Registry:
     """The stages of one kind. A target is a class, or `module:Class`, imported when asked for."""
 
     def __init__(self, kind: str, group: str, builtin: dict[str, str]) -> None:
-        self.kind, self.group = kind, group
+        self.kind, self.group, self.builtin = kind, group, tuple(builtin)
         self._targets: dict[str, str | type[Stage]] = dict(builtin)
         self._scanned = False
 

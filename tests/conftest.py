@@ -1,6 +1,8 @@
-"""One thread (tiny models are slower with two), and `--regen` for golden bytes."""
+"""One thread (tiny models are slower with two), one compilation, and `--regen` for golden bytes."""
 
+import gc
 import os
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -18,6 +20,41 @@ if WORKERS > 1:
 def threads():
     """How many threads a test may keep busy."""
     return THREADS
+
+
+def pytest_collection_finish(session):
+    """What is imported by now stays: a collection in a test looks at what tests have made."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_sessionfinish(session):
+    gc.unfreeze()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _compiled_once(tmp_path_factory):
+    """Of several workers that come to need the CPU kernel, one compiles it, the others wait."""
+    try:
+        import fcntl
+
+        import numba  # noqa: F401
+    except ImportError:  # no such locks, or no such kernel
+        yield
+        return
+    from kvplug.kernels.numba import process
+
+    compiled, path = process.compiled, tmp_path_factory.getbasetemp().parent / "kernel.lock"
+
+    @cache
+    def one_by_one():
+        with path.open("w") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            return compiled.__wrapped__()
+
+    process.compiled = one_by_one
+    yield
+    process.compiled = compiled
 
 
 def pytest_addoption(parser):

@@ -1,11 +1,14 @@
 """Every kernel that runs here computes what three loops do."""
 
 import dataclasses
+import logging
 import math
 import os
 import shutil
 import subprocess
 import sys
+import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -13,6 +16,7 @@ import naive
 import numba
 import pytest
 import torch
+from fresh import fresh
 
 import kvplug
 from kvplug import registry
@@ -237,7 +241,7 @@ def test_the_first_call_leaves_torch_its_threads():
         "model = tiny_llama(); model.generate(prompt(100), cache_implementation='int8')\n"
         "assert torch.get_num_threads() == 1, torch.get_num_threads()"
     )
-    run([sys.executable, "-c", code], NUMBA_NUM_THREADS="2")
+    fresh(code, env={"NUMBA_NUM_THREADS": "2"})
 
 
 def test_two_python_threads_at_once():
@@ -343,23 +347,53 @@ def test_a_gradient_is_refused_not_left_out():
 
 def test_as_plain_python():
     """The same code uncompiled: what a debugger steps through, and a check on the compiler."""
-    run([sys.executable, "-m", "pytest", "-q", __file__, "-k", PLAIN], NUMBA_DISABLE_JIT="1")
+    command = [sys.executable, "-m", "pytest", "-q", __file__, "-k", PLAIN]
+    env = os.environ | {"NUMBA_DISABLE_JIT": "1"}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 PLAIN = "numba and (three_loops or borders or nothing or large_scores or merge) or otherwise"
 
 
-def test_warmup_compiles_once_for_good(tmp_path):
-    """Said while it happens; the next process finds it on disk, unless a source has changed."""
-    command = [sys.executable, "-m", "kvplug", "warmup"]
-    env = {"NUMBA_CACHE_DIR": str(tmp_path), "NUMBA_OPT": "1"}  # sooner done, kept in the same way
-    first = run(command, **env)
-    assert "compiling the CPU kernel" in first.stderr
-    files = {f: f.stat().st_mtime_ns for f in tmp_path.rglob("*.nbc")}
-    assert [process.sources() in f.name for f in files] == [True]
-    second = run(command, **env)
-    assert "compiling" not in second.stderr
-    assert {f: f.stat().st_mtime_ns for f in tmp_path.rglob("*.nbc")} == files
+def test_what_is_compiled_is_found_on_disk():
+    """By the next process, which compiles nothing and writes nothing."""
+    kernel = process.compiled()
+    folder = Path(kernel.stats.cache_path)
+    files = {f: f.stat().st_mtime_ns for f in folder.glob(f"*{process.sources()}*.nbc")}
+    assert files
+    code = (
+        "from kvplug.cli import main; assert main(['warmup']) == 0\n"
+        "from kvplug.kernels.numba import process; kernel = process.compiled()\n"
+        "assert sum(kernel.stats.cache_hits.values()) == 1, kernel.stats\n"
+        "assert not sum(kernel.stats.cache_misses.values()), kernel.stats"
+    )
+    assert "compiling" not in fresh(code).stderr
+    assert {f: f.stat().st_mtime_ns for f in folder.glob(f"*{process.sources()}*.nbc")} == files
+
+
+@pytest.mark.parametrize("slow", [True, False])
+def test_it_is_said_while_the_kernel_compiles(monkeypatch, caplog, slow):
+    """After two seconds; what comes from disk is there before."""
+
+    class Kernel:
+        def compile(self, signature):
+            assert signature is process.SIGNATURE
+            until = time.monotonic() + 60 * slow
+            while not caplog.records and time.monotonic() < until:
+                time.sleep(0.05)
+
+    process.compiled.cache_clear()
+    try:
+        with monkeypatch.context() as patch, caplog.at_level(logging.WARNING, logger="kvplug"):
+            patch.setattr(process, "njit", lambda **_: lambda function: Kernel())
+            process.compiled()
+    finally:
+        process.compiled.cache_clear()
+    assert [r.getMessage() for r in caplog.records] == [process.COMPILING] * slow
+    for timer in (t for t in threading.enumerate() if isinstance(t, threading.Timer)):
+        timer.join(1)
+        assert not timer.is_alive(), "it would be said later"
 
 
 def test_a_change_of_any_source_is_looked_up_under_another_name(tmp_path):
@@ -377,11 +411,3 @@ def test_a_change_of_any_source_is_looked_up_under_another_name(tmp_path):
             (copy / changed).write_text((copy / changed).read_text() + "# changed\n")
         names.add(process.sources(copy))
     assert len(names) == len(files) + 1
-
-
-def run(command, **env):
-    done = subprocess.run(
-        command, env=os.environ | env, capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done

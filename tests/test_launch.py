@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from fresh import fresh
 from transformers import (
     DynamicCache,
     GenerationConfig,
@@ -249,22 +250,16 @@ def test_a_python_without_kvplug_says_so(tmp_path):
     )
 
 
-def kvplug_run(*arguments, cwd):
+def kvplug_run(*arguments, cwd, expected):
     """A real `kvplug run`, from another folder."""
-    return subprocess.run(
-        [sys.executable, "-m", "kvplug", "run", *arguments],
-        cwd=cwd,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-    )
+    code = f"import sys; from kvplug.cli import main; sys.exit(main(['run', *{arguments!r}]))"
+    return fresh(code, cwd=cwd, path=[ROOT], expected=expected)
 
 
 def test_a_script_that_never_heard_of_kvplug(tmp_path):
     (tmp_path / "their_script.py").write_text(SCRIPT)
     command = ("python", "their_script.py", "--flag", "x")
-    done = kvplug_run("--cache", "host", "--", *command, cwd=tmp_path)
-    assert done.returncode == 7, done.stderr
+    done = kvplug_run("--cache", "host", "--", *command, cwd=tmp_path, expected=7)
     assert done.stdout == "['--flag', 'x']\n"
     said = [line for line in done.stderr.splitlines() if line.startswith("kvplug run: ")]
     assert said[1:] == [
@@ -278,8 +273,7 @@ def test_a_script_that_never_heard_of_kvplug(tmp_path):
 def test_a_process_below_the_command_takes_it_and_signals_pass_through(tmp_path):
     (tmp_path / "their_script.py").write_text(SCRIPT)
     command = ("sh", "-c", "python -m their_script --flag; kill -TERM $$")
-    done = kvplug_run("--cache", "host", "--", *command, cwd=tmp_path)
-    assert done.returncode == -signal.SIGTERM, done.stderr
+    done = kvplug_run("--cache", "host", "--", *command, cwd=tmp_path, expected=-signal.SIGTERM)
     assert done.stdout == "['--flag']\n"
     assert re.search(r"^kvplug run \[\d+\]: LlamaForCausalLM took host$", done.stderr, re.M)
     assert re.search(r"^kvplug run \[\d+\]: 2 generate calls: Llama", done.stderr, re.M)

@@ -19,11 +19,12 @@ import kvplug
 from kvplug.compat import cache_argument
 from kvplug.placement import disk, host
 from kvplug.testing import PlacementConformance, tiny_llama
+from kvplug.testing.specs import BUILTIN
 from kvplug.testing.tools import prompt
 
 
 class TestPlacement(PlacementConformance):
-    @pytest.fixture(params=["device", "host", "disk"])
+    @pytest.fixture(params=BUILTIN["placement"])
     def placement(self, request):
         return kvplug.parse(request.param).placement
 

@@ -3,13 +3,13 @@
 What it registers is seen from other processes, since entry points are read once per process.
 """
 
-import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from fresh import fresh
 
 ROOT = Path(__file__).parent.parent
 PREAMBLE = """
@@ -55,22 +55,8 @@ def plugin(tmp_path_factory):
     return source, target
 
 
-def python(path: Path, *arguments: str, cwd: Path | None = None) -> str:
-    """Run Python with `path` before everything else; return its output."""
-    paths = [str(path), *filter(None, [os.environ.get("PYTHONPATH")])]
-    done = subprocess.run(
-        [sys.executable, *arguments],
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"},
-        cwd=cwd,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
-
-
 def test_its_names_are_listed(plugin):
-    out = python(plugin[1], "-c", "from kvplug.cli import main; main(['list'])")
+    out = fresh("from kvplug.cli import main; main(['list'])", path=plugin[1:]).stdout
     assert "int8_token   Symmetric int8" in out
     assert "keynorm      Keep the `budget` tokens" in out
 
@@ -100,13 +86,13 @@ looked = output_cache(generate("lookback(budget=24, every=8)+int8(block=8)+host"
 assert looked.held() < 32 and looked.layers[0].stats.blocks_encoded
 """
     )
-    python(plugin[1], "-c", code)
+    fresh(code, path=plugin[1:])
 
 
 def test_it_passes_the_conformance_suites(plugin):
     source, target = plugin
-    command = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "tests"]
-    assert " passed" in python(target, *command, cwd=source)
+    code = "import pytest, sys; sys.exit(pytest.main(['-q', '-p', 'no:cacheprovider', 'tests']))"
+    assert " passed" in fresh(code, path=[target], cwd=source, env={"OMP_NUM_THREADS": "1"}).stdout
 
 
 def test_a_misspelt_name_finds_the_plugins(plugin):
@@ -117,7 +103,7 @@ try:
 except kvplug.SpecError as e:
     print(e)
 """
-    assert "Did you mean 'int8_token'?" in python(plugin[1], "-c", code)
+    assert "Did you mean 'int8_token'?" in fresh(code, path=plugin[1:]).stdout
 
 
 def test_a_builtin_wins_a_clash_and_says_so(tmp_path):
@@ -133,6 +119,6 @@ with warnings.catch_warnings(record=True) as caught:
     kvplug.available()
 print(*[w.message for w in caught if "int8" in str(w.message)], sep="\\n")
 """
-    lines = python(tmp_path, "-c", code).splitlines()
+    lines = fresh(code, path=[tmp_path]).stdout.splitlines()
     assert len(lines) == 1
     assert lines[0].startswith("codec 'int8' from 'clash:Mine' ignored")

@@ -1,7 +1,6 @@
 """Names: every built-in loads, imports are lazy, plugins are found, and what is missing says so."""
 
 import json
-import subprocess
 import sys
 import types
 from dataclasses import dataclass
@@ -9,6 +8,7 @@ from importlib.metadata import EntryPoint
 from typing import ClassVar
 
 import pytest
+from fresh import fresh
 
 import kvplug
 from kvplug import registry
@@ -16,12 +16,7 @@ from kvplug.registry import KINDS, REGISTRIES, Registry
 from kvplug.spec import DEFAULTS
 from kvplug.stage import Stage
 
-BUILTIN = [
-    (kind, name)
-    for kind, r in REGISTRIES.items()
-    for name, target in r._targets.items()
-    if str(target if isinstance(target, str) else target.__module__).startswith("kvplug.")
-]
+BUILTIN = [(kind, name) for kind, r in REGISTRIES.items() for name in r.builtin]
 
 
 @pytest.mark.parametrize(("kind", "name"), BUILTIN)
@@ -64,8 +59,7 @@ def test_import_is_lazy():
         "kvplug.parse('int4+host')\n"
         "print(json.dumps([new, sorted(set(sys.modules) - before)]))\n"
     )
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    new, later = json.loads(out.stdout.splitlines()[-1])
+    new, later = json.loads(fresh(code).stdout)
     heavy = ("numba", "triton", "optimum", "quanto", "hqq", "pytest", "hypothesis", "datasets")
     assert not [m for m in new if m.split(".")[0] in heavy]
     for name in ("codecs.affine", "placement.disk", "placement.host", "testing", "cli"):

@@ -13,23 +13,21 @@ from kvplug.compat import cache_argument
 from kvplug.registry import REGISTRIES
 from kvplug.testing import RetentionConformance, tiny_llama
 from kvplug.testing.oracle import one_layer
+from kvplug.testing.specs import SMALL
 from kvplug.testing.tools import assert_close, dense, left_padded, normal, prompt
 
 
-@pytest.mark.parametrize("rope", [True])
 class TestRetention(RetentionConformance):
     @pytest.fixture(
         params=[
-            "full",
-            "window(length=9)",
+            *SMALL.values(),
             "window(length=1)",
             "window(length=2)",
-            "sinks(sinks=2, window=10)",
             "sinks(sinks=1, window=1)",
             "sinks(sinks=5, window=3)",
         ]
     )
-    def retention(self, request, rope):
+    def retention(self, request):
         return kvplug.parse(request.param).retention
 
 

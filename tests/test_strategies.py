@@ -1,42 +1,103 @@
 """What always holds, over every built-in and a good set of compositions."""
 
+from itertools import combinations
+
 import pytest
 
 import kvplug
+from kvplug.layers.growing import Layer
+from kvplug.layers.static import StaticLayer
+from kvplug.layers.static_coded import StaticCodedLayer
 from kvplug.testing import StrategyConformance
-from kvplug.testing.oracle import Machine
+from kvplug.testing.oracle import Machine, kept_whole, one_layer
+from kvplug.testing.specs import BUILTIN, cover, strategies
+from kvplug.testing.strategy import ASSISTED, CHUNKS, HEADS, MODES, OPERATIONS
+from kvplug.testing.tools import DTYPES
 
-SPECS = [
-    "growing",
-    "exact(block=8)+host",
-    "exact(block=8, tail=8)+disk",
-    "static",
-    "static+exact(block=8)+host",
-    "int8(block=8)",
-    "int4(block=8, tail=8)",
-    "int2(block=8, tail=16)",
-    "int(block=8, tail=8, k_bits=6, v_bits=3)",
+BY_LAYER = [
     "int4(block=8, tail=8)+int8(block=8)@-1",
     "static+int4(block=8, tail=8)+int8(block=8)@0",
     "static+int8(block=8)@-1",
-    "static+int8(block=8)",
-    "static+int4(block=8, tail=8)",
-    "int8(block=8)+disk",
-    "window(length=64)",
-    "window(length=9)",
-    "window(length=9)+static",
-    "window(length=20)+int8(block=8)",
-    "sinks(sinks=2, window=10)",
-    "sinks(sinks=3, window=20)+int4(block=8, tail=8)",
-    "sinks(sinks=4, window=60)+exact(block=8)+host",
-    "sinks(sinks=2, window=18)+int8(block=8)+disk",
 ]
+STRATEGIES = [*strategies(), *BY_LAYER]
+GENERATION = cover(
+    lambda row: row.get("batch", 1) == 1 or row.get("mode") not in ASSISTED,
+    mode=list(MODES),
+    batch=(1, 2),
+)
+NUMBERS = cover(heads=HEADS, dtype=DTYPES)
 
 
 class TestStrategy(StrategyConformance):
-    @pytest.fixture(params=SPECS)
+    """All of the suite; what has a grid of its own over pairs in place of all strategies."""
+
+    @pytest.fixture(params=STRATEGIES)
     def spec(self, request):
         return request.param
+
+    @pytest.mark.parametrize(("spec", "mode", "batch"), GENERATION)
+    def test_generation(self, run, model, lossless, mode, batch):
+        super().test_generation(run, model, lossless, mode, batch)
+
+    @pytest.mark.parametrize(("spec", "heads", "dtype"), NUMBERS)
+    def test_heads_and_dtypes(self, spec, lossless, heads, dtype):
+        super().test_heads_and_dtypes(spec, lossless, heads, dtype)
+
+    @pytest.mark.parametrize(("spec", "chunk"), cover(chunk=CHUNKS))
+    def test_lengths_and_chunks(self, strategy, model, fresh, chunk):
+        super().test_lengths_and_chunks(strategy, model, fresh, chunk)
+
+    @pytest.mark.parametrize(("spec", "operation"), cover(operation=OPERATIONS))
+    def test_batch_operations(self, strategy, model, fresh, operation):
+        super().test_batch_operations(strategy, model, fresh, operation)
+
+
+def stages(spec):
+    strategy = kvplug.parse(spec)
+    return [(x.kind, x.name) for x in strategy.stages() if x.kind != "kernel"]
+
+
+def met(rows):
+    return {frozenset(pair) for row in rows for pair in combinations(row, 2)}
+
+
+def test_each_two_stages_are_tested_together():
+    both = met(
+        [(kind, name), (other, x)]
+        for kind, other in combinations([k for k in BUILTIN if k != "kernel"], 2)
+        for name in BUILTIN[kind]
+        for x in BUILTIN[other]
+    )
+    assert both <= met(map(stages, STRATEGIES))
+
+
+@pytest.mark.parametrize(
+    "rows", [GENERATION, NUMBERS, cover(chunk=CHUNKS), cover(operation=OPERATIONS)]
+)
+def test_each_stage_meets_each_way_to_use_it_with_loss_and_without(rows):
+    """And each two ways each other, but for a batch where transformers takes one row."""
+    ways = [set(column) for column in list(zip(*rows, strict=True))[1:]]
+    found = met([*stages(spec), *enumerate(given)] for spec, *given in rows)
+    for i, column in enumerate(ways):
+        for way in column:
+            for kind in ("retention", "layout", "codec", "placement"):
+                assert {frozenset(((kind, x), (i, way))) for x in BUILTIN[kind]} <= found
+            whole = [s for s, *given in rows if given[i] == way and lossless(s)]
+            assert {dict(stages(s))["retention"] for s in whole} == set(BUILTIN["retention"])
+    for (i, a), (j, b) in combinations(enumerate(ways), 2):
+        for x in a:
+            for y in b:
+                assert frozenset(((i, x), (j, y))) in found or (x in ASSISTED and y == 2)
+
+
+def lossless(spec):
+    strategy = kvplug.parse(spec)
+    return strategy.codec.lossless and kept_whole(strategy.retention, 64)
+
+
+def test_each_kind_of_layer_is_tested():
+    layers = {type(one_layer(kvplug.parse(spec))) for spec in STRATEGIES}
+    assert layers == {Layer, StaticLayer, StaticCodedLayer}
 
 
 @pytest.mark.parametrize("spec", ["sinks(sinks=3, window=20)+int4(block=8, tail=8)"])

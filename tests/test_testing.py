@@ -1,6 +1,7 @@
 """The suites themselves: each must turn red where the contract is broken."""
 
 import copy
+import functools
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -9,6 +10,7 @@ import torch
 
 import kvplug
 from kvplug.codecs.affine import Int8
+from kvplug.layers.buffer import Buffer
 from kvplug.layers.growing import Layer
 from kvplug.testing import (
     CodecConformance,
@@ -19,7 +21,7 @@ from kvplug.testing import (
     tiny_llama,
     walked_bytes,
 )
-from kvplug.testing.oracle import Machine, one_layer
+from kvplug.testing.oracle import EACH, Machine
 from kvplug.testing.tools import normal
 
 
@@ -273,23 +275,35 @@ def _reopen_wrongly(layer):
 )
 def test_a_broken_layer_is_found_out(monkeypatch, spec, method, wrong):
     """The state machine, with steps that reach each operation."""
-    steps = [("update", n) for n in (13, 1, 1, 1, 8)] + [
-        ("reorder", 1),
-        ("update", 1),
-        ("select", 3),
-    ]
-    steps += [("update", 5), ("crop", 2), ("update", 1), ("record", 0), ("update", 9), ("crop", 5)]
-    steps += [("update", 1), ("update", 1), ("update", 1), ("update", 1), ("crop", 4), ("crop", 5)]
-    steps += [("update", 1)]
-    Machine(kvplug.parse(spec), [0, 2, 1]).run(steps)
+    Machine(kvplug.parse(spec), [0, 2, 1]).run(EACH)
     monkeypatch.setattr(Layer, method, wrong)
     with pytest.raises((AssertionError, RuntimeError, IndexError, kvplug.KvplugError)):
-        Machine(kvplug.parse(spec), [0, 2, 1]).run(steps)
+        Machine(kvplug.parse(spec), [0, 2, 1]).run(EACH)
 
 
-def test_deepcopy_that_shares_is_found_out():
-    layer = one_layer(kvplug.parse("growing"))
-    layer.update(normal(1, 2, 8, 8, seed=0), normal(1, 2, 8, 8, seed=1))
-    twin = copy.copy(layer)
-    twin.update(torch.ones(1, 2, 1, 8), torch.ones(1, 2, 1, 8))
-    assert twin.tail is layer.tail  # what a shallow copy would do, and `test_deepcopy_...` look for
+def _shares_all(buffer, memo):
+    return copy.copy(buffer)
+
+
+def _shares_blocks(buffer, memo):
+    twin = deepcopy_of_a_buffer(buffer, memo)
+    if buffer.steady:
+        twin.tensors, twin.start, twin.end = buffer.tensors, buffer.start, buffer.end
+    return twin
+
+
+deepcopy_of_a_buffer = Buffer.__deepcopy__
+
+
+@pytest.mark.parametrize("shares", [_shares_all, _shares_blocks])
+def test_deepcopy_that_shares_is_found_out(monkeypatch, shares):
+    model, spec = tiny_llama(), "int8(block=8)"
+
+    def check():
+        fresh = functools.partial(kvplug.build, spec, model.config)
+        StrategyConformance().test_deepcopy_and_diverge(fresh, model)
+
+    check()
+    monkeypatch.setattr(Buffer, "__deepcopy__", shares)
+    with pytest.raises(AssertionError):
+        check()

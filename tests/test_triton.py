@@ -97,8 +97,10 @@ class Launches:
 
 
 @runs
-@pytest.mark.parametrize("codec", ["int8(block=8)", "int4(block=16)", "exact(block=8)"])
-@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize(
+    ("codec", "masked"),
+    [("int8(block=8)", True), ("int4(block=16)", False), ("exact(block=8)", True)],
+)
 def test_shares_of_the_columns_merge(monkeypatch, kernel, codec, masked):
     """However many programs share the columns, and where some of them see nothing."""
     stored = random_stored(coded(codec), N=6, R=70, F=3, skip=5)

@@ -16,7 +16,9 @@ import kvplug.testing
 from kvplug.attention.view import KeyView, ValueView, View, views
 from kvplug.stats import Stats
 from kvplug.testing.kernel import random_stored
+from kvplug.testing.oracle import one_layer
 from kvplug.testing.tools import assert_close, normal
+from kvplug.testing.tools import dense as dense_of
 
 B, H, D = 2, 2, 16
 
@@ -198,14 +200,33 @@ def test_it_is_said_once_per_reason(pair, stats, caplog):
     assert [r.getMessage().split()[1] for r in caplog.records] == ["transpose", "clone"]
 
 
-def test_what_was_returned_earlier_stays_right():
-    """A view belongs to its call: the next update of the layer does not shift it."""
-    cache = kvplug.build("int8(block=8)", kvplug.testing.tiny_llama().config)
-    k = normal(1, 2, 30, 16, seed=0)
-    key, _ = cache.layers[0].update(k, k)
-    key, _ = cache.layers[0].update(k[:, :, :1], k[:, :, :1])
-    before = key.clone()
-    assert before.shape[2] == 31
+@pytest.mark.parametrize(
+    "spec", ["int8(block=8)", "sinks(sinks=2, window=20)+int4(block=8, tail=8)"]
+)
+def test_what_was_returned_stays_right_until_the_next_update(spec):
+    """Whatever becomes of the layer: tokens of its tail are encoded, rows leave and change."""
+    layer = one_layer(kvplug.parse(spec))
+    layer.update(*(normal(2, 2, 30, 16, seed=s) for s in (0, 1)))
+    encoded = layer.stats.blocks_encoded
+    for seed in range(8):  # one of them fills a block
+        new = normal(2, 2, 1, 16, seed=seed)
+        expected = [torch.cat((x, new), dim=2) for x in (layer.keys, layer.values)]
+        returned = layer.update(new, new)
+        if layer.stats.blocks_encoded > encoded:
+            break
+    assert layer.stats.blocks_encoded == encoded + 1
+    for change in (
+        lambda: None,
+        lambda: layer.crop(-3),
+        lambda: layer.reorder_cache(torch.tensor([1, 0])),
+        lambda: layer.batch_repeat_interleave(2),
+        lambda: layer.batch_select_indices(torch.tensor([3])),
+        lambda: layer.reset(),
+    ):
+        change()
+        for x, y in zip(returned, expected, strict=True):
+            assert isinstance(x, View)
+            assert torch.equal(dense_of(x), y)
 
 
 WRITES = {

@@ -1,0 +1,60 @@
+"""Strategies to test with, of the stages that come with kvplug: no list to forget a new one in."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from ..registry import REGISTRIES
+from .pairs import pairwise
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+BUILTIN = {kind: registry.builtin for kind, registry in REGISTRIES.items()}
+# each retention so small that short sequences go beyond it
+SMALL = {"full": "full", "window": "window(length=9)", "sinks": "sinks(sinks=2, window=10)"}
+BITS = {"int": ", k_bits=6, v_bits=3"}  # its presets have those of whole bytes
+LONG = ("full", "window(length=64)", "sinks(sinks=4, window=60)")  # 64 tokens lose none
+STAGES: dict[str, Sequence[Any]] = {
+    "retention": [SMALL[name] for name in BUILTIN["retention"]],
+    "layout": BUILTIN["layout"],
+    "codec": BUILTIN["codec"],
+    "tail": (0, 8),
+    "placement": BUILTIN["placement"],
+}
+LOSSLESS = STAGES | {"retention": LONG, "codec": ("exact",)}
+# what has a layer of its own kind: that takes more than two choices
+KINDS = [
+    {"retention": "full", "layout": layout, "codec": codec, "tail": tail, "placement": "device"}
+    for layout, codec, tail in (
+        ("growing", "exact", 0),
+        ("static", "exact", 0),
+        ("static", "int8", 0),
+        ("static", "int4", 8),
+    )
+]
+
+
+def spec(row: dict[str, Any]) -> str:
+    """The strategy of a row of `STAGES`, with blocks of 8, as a user writes it."""
+    stages = [x for x in (row["retention"], row["layout"], row["placement"]) if x != "device"]
+    if row["codec"] != "exact" or row["placement"] != "device":
+        bits = BITS.get(row["codec"], "")
+        stages.append(f"{row['codec']}(block=8, tail={row['tail']}{bits})")
+    return "+".join(x for x in stages if x != "full")
+
+
+def strategies() -> list[str]:
+    """Each two stages together, each kind of layer, and long retention that loses nothing."""
+    rows = pairwise(STAGES, first=KINDS)
+    rows += pairwise({"retention": LONG[1:], "layout": BUILTIN["layout"]})
+    rows = [{"codec": "exact", "tail": 0, "placement": "device"} | row for row in rows]
+    return list(dict.fromkeys(spec(row) for row in rows))
+
+
+def cover(
+    allowed: Callable[[dict[str, Any]], bool] = lambda row: True, **axes: Sequence
+) -> list[tuple]:
+    """Rows (spec, a value of each axis): each two choices meet, also where nothing may be lost."""
+    rows = [x for stages in (LOSSLESS, STAGES) for x in pairwise(stages | axes, allowed)]
+    return list(dict.fromkeys((spec(row), *(row[axis] for axis in axes)) for row in rows))
