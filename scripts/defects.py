@@ -138,8 +138,9 @@ DEFECTS = [
     Defect(
         "a copy shares its blocks",
         "kvplug/layers/buffer.py",
-        "        twin.load(self.read(), self.capacity - self.start)\n",
-        "        twin.tensors, twin.start, twin.end = self.tensors, self.start, self.end\n",
+        "            self._reallocate(max(n, capacity, self.reserve), rows)\n"
+        "            self.append(rows)\n",
+        "            self.tensors, self.end = dict(rows), n\n",
         ("tests/test_strategies.py", "tests/test_buffer.py", "-k", "copy or deepcopy"),
     ),
     Defect(
