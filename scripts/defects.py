@@ -181,7 +181,7 @@ DEFECTS = [
     ),
     Defect(
         "codes come out in another order",
-        "kvplug/codecs/affine.py",
+        "kvplug/codecs/formats.py",
         "for shift in range(0, 8, bits)]",
         "for shift in reversed(range(0, 8, bits))]",
         CODECS,
@@ -252,7 +252,7 @@ DEFECTS = [
     ),
     Defect(
         "the CPU kernel ignores a mask of booleans",
-        "kvplug/kernels/cpu.py",
+        "kvplug/kernels/numba/attend.py",
         "if byte_at(row, i) == 0:",
         "if byte_at(row, i) == 2:",
         PLAIN,
@@ -260,15 +260,15 @@ DEFECTS = [
     ),
     Defect(
         "the CPU kernel reads the next row of queries",
-        "kvplug/kernels/cpu.py",
-        "(h * G + (first + r) // S) * by_head",
-        "(h * G + (first + r) % G) * by_head",
+        "kvplug/kernels/numba/attend.py",
+        "row_at(query.rows, b, h * G + (first + r) // S, (first + r) % S, size)",
+        "row_at(query.rows, b, h * G + (first + r) % G, (first + r) % S, size)",
         PLAIN,
         SLOW,
     ),
     Defect(
         "the CPU kernel takes a neighbour's zero",
-        "kvplug/kernels/cpu.py",
+        "kvplug/kernels/numba/decode.py",
         "put(out, i, np.float32((byte_at(codes, i) >> shift) & keep) * scale + zero)",
         "put(out, i, np.float32((byte_at(codes, i) >> shift) & keep) * scale)",
         ("tests/test_kernels.py", "-k", "otherwise"),
@@ -276,7 +276,7 @@ DEFECTS = [
     ),
     Defect(
         "the CUDA kernel sees one column ahead",
-        "kvplug/kernels/cuda.py",
+        "kvplug/kernels/triton/attend.py",
         'tl.where(column[None, :] <= s[:, None], scores, -float("inf"))',
         'tl.where(column[None, :] <= s[:, None] + 1, scores, -float("inf"))',
         TRITON,
@@ -284,7 +284,7 @@ DEFECTS = [
     ),
     Defect(
         "the CUDA kernel reads hidden tokens",
-        "kvplug/kernels/cuda.py",
+        "kvplug/kernels/triton/attend.py",
         "held & (token >= 0)",
         "held & (token >= -1)",
         TRITON,

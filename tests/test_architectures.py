@@ -81,10 +81,10 @@ def model(request):
     return make(request.param)
 
 
-@pytest.fixture(params=CONFIGS)
+@pytest.fixture(params=KINDS)
 def model_and_turn(request):
     """A model, and which of two: what is tried with half of the models each."""
-    return make(request.param), list(CONFIGS).index(request.param) % 2
+    return make(request.param), list(KINDS).index(request.param) % 2
 
 
 @pytest.mark.parametrize("batch", ["one", "padded"])
