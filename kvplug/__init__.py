@@ -3,7 +3,7 @@
 from importlib.metadata import PackageNotFoundError, version
 
 from . import launch
-from .cache import Cache, build
+from .cache import Cache
 from .codecs.base import Codec, Encoded
 from .errors import (
     CacheOverflow,
@@ -20,6 +20,7 @@ from .errors import (
     ViewError,
 )
 from .estimate import estimate
+from .factory import build
 from .hook import register, unregister
 from .kernels.base import Kernel
 from .layers.base import AttentionLayer, Slot

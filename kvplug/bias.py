@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 def refusals(config: PreTrainedConfig, strategy: Strategy) -> tuple[str | None, str | None]:
     """Why a strategy cannot serve the model of `config` at all, and why not a padded batch."""
-    model, windowed = type(config).__name__, strategy.retention.newest is not None
+    model, windowed = type(config).__name__, strategy.retention.drops
     if windowed and hasattr(config, "relative_attention_num_buckets"):  # T5 and its kin
         return (
             f"the position bias of {model} counts keys from the first token on, of which "

@@ -9,44 +9,21 @@ from typing import TYPE_CHECKING, Any
 import torch
 import transformers
 
-from . import bias
-from .compat import (
-    KNOWN_LAYERS,
-    THEIR_NAMES,
-    CacheLayerMixin,
-    DynamicLayer,
-    DynamicSlidingWindowLayer,
-    LinearAttentionAndFullAttentionLayer,
-    LinearAttentionAndSlidingWindowAttentionLayer,
-    LinearAttentionLayer,
-    StaticLayer,
-)
+from .compat import StaticLayer
 from .errors import CacheOverflow, Mismatch, SpecError
-from .layers.base import AttentionLayer, Slot
-from .layers.combined import with_state
-from .layers.layout import Growing
-from .layers.probe import positions_depend_on_images
-from .layers.rotation import turns
+from .layers.base import AttentionLayer
 from .layers.state import attributes, nest, part, set_attributes
 from .retention.base import Scored
-from .retention.full import Full
-from .spec import PREFIX, Strategy, parse
-from .stats import Stats
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator
 
     from torch import Tensor
     from transformers import PreTrainedConfig
 
-    from .layers.rotation import Turn
     from .layers.state import State
-
-
-# transformers' layers of plain attention, with and without a linear-attention state beside it
-FULL = (DynamicLayer, LinearAttentionAndFullAttentionLayer)
-SLIDING = (DynamicSlidingWindowLayer, LinearAttentionAndSlidingWindowAttentionLayer)
-
+    from .stats import Stats
+    from .strategy import Strategy
 
 FORMAT = 1  # of `state_dict`; another where names or meanings change
 
@@ -260,125 +237,6 @@ class Cache(transformers.Cache):
     def __repr__(self) -> str:
         seen = self.get_seq_length()
         return f"kvplug.Cache({str(self.strategy)!r}, layers={len(self.layers)}, seen={seen})"
-
-
-def build(
-    spec: str | Strategy,
-    config: PreTrainedConfig,
-    *,
-    max_cache_len: int | None = None,
-    cache_config: dict[str, Any] | None = None,
-) -> Cache:
-    """A cache for models of this config, to be passed as `cache` (before transformers 5.24 as
-    `past_key_values`).
-
-    Args:
-        spec: a strategy (`kvplug.parse`), where also `static` is ours.
-        config: of the model; layer types and windows are read from it, nothing is changed.
-        max_cache_len: tokens that a static layout reserves; ignored by others.
-        cache_config: more arguments of the strategy by name, e.g. `{"group": 32, "tail": 128}`.
-
-    Layers of sliding-window attention keep the model's window and take codec and placement; under
-    a compilable static layout they stay in full precision. Layers of cross-attention to images
-    keep all of these, and are transformers' own under such a layout. Where a layer holds attention
-    and a linear-attention state, the attention is served. Linear-attention, conv, indexed and
-    dummy layers are transformers' own.
-
-    Raises:
-        SpecError: the strategy cannot be read or built, or not for this model.
-        MissingExtra: an optional dependency is not installed.
-    """
-    strategy = parse(spec, cache_config) if isinstance(spec, str) else spec
-    strategy = strategy.resolve(config, max_cache_len=max_cache_len)
-    stats, place = Stats(), strategy.placement.open()
-    text = config.get_text_config(decoder=True)
-    never, unpadded_only = bias.refusals(text, strategy)
-    if never:
-        raise SpecError(never)
-    theirs = transformers.DynamicCache(config=config).layers
-    _check_known(theirs, strategy, config)
-    # what we do not serve stays transformers' own, of the kind that goes with the layout
-    stay = theirs
-    if strategy.layout.is_compileable(strategy):
-        stay = transformers.StaticCache(config=config, max_cache_len=strategy.layout.limit).layers
-    # Mllama's: their tokens are those of images
-    crossed = getattr(text, "cross_attention_layers", ())
-    turn = _turns(strategy, config, theirs, crossed)
-    layers = []
-    for i, layer in enumerate(theirs):
-        own, window = strategy.at(i, len(theirs)), getattr(layer, "sliding_window", None)
-        if i in crossed:
-            if stay is not theirs:  # of transformers' own, one that has the columns it is given
-                layers.append(layer)
-                continue
-            own = own.replace(retention=Full(), layout=Growing())
-        slot = Slot(own, place, stats, window, turn.get(i), strategy.is_coded)
-        layers.append(_layer(layer, slot) or stay[i])
-    served = [
-        isinstance(x, AttentionLayer) and (x.cuts_blocks or not strategy.is_coded) for x in layers
-    ]
-    if not any(served):
-        kinds = ", ".join(sorted({type(layer).__name__ for layer in theirs})) or "none"
-        advice = (
-            "'static' leaves windows in full precision; use it without a codec, or the codec "
-            "without it"
-            if any(type(layer) in SLIDING for layer in theirs)
-            else "leave the cache to transformers for this model"
-        )
-        raise SpecError(
-            f"{strategy}: {type(config).__name__} has no attention layer it could serve: {kinds}; "
-            f"{advice}"
-        )
-    for i, codec in strategy.named(len(theirs)).items():
-        if not served[i]:
-            raise SpecError(
-                f"{strategy}: {codec} cannot serve layer {i} of {type(config).__name__}, a "
-                f"{type(layers[i]).__name__}"
-            )
-    return Cache(layers, strategy, stats, unpadded_only)
-
-
-def _check_known(theirs: list, strategy: Strategy, config: PreTrainedConfig) -> None:
-    """Raise SpecError where a layer of transformers holds keys in a way we do not know."""
-    kinds = {type(x) for x in theirs if isinstance(x, CacheLayerMixin)} - set(KNOWN_LAYERS)
-    if kinds:
-        names = ", ".join(sorted(kind.__name__ for kind in kinds))
-        raise SpecError(
-            f"{strategy}: {type(config).__name__} has attention layers of a kind that kvplug does "
-            f"not know: {names}; leave the cache to transformers for this model"
-        )
-
-
-def _turns(
-    strategy: Strategy, config: PreTrainedConfig, theirs: list[Any], crossed: Sequence[int]
-) -> dict[int, Turn]:
-    """How the layers that keep first tokens turn what they store."""
-    full = tuple(i for i, x in enumerate(theirs) if type(x) in FULL and i not in crossed)
-    if not strategy.retention.first or not full:
-        return {}
-    text = config.get_text_config(decoder=True)
-    if text is not config and positions_depend_on_images(config):
-        raise SpecError(
-            f"{strategy}: behind an image, positions of {type(config).__name__} are not columns, "
-            "and pinned keys would stand in the future; for prompts of text alone build from "
-            "config.get_text_config(), else use 'window'"
-        )
-    return turns(config if config.is_encoder_decoder else text, full)
-
-
-def _layer(theirs: Any, slot: Slot) -> AttentionLayer | None:
-    """Our layer in the place of transformers'; None where that has no plain attention."""
-    if type(theirs) not in FULL + SLIDING:
-        return None
-    kind = slot.strategy.layout.layer(slot)
-    if isinstance(theirs, LinearAttentionLayer):
-        return with_state(kind)(slot, theirs.number_of_states)
-    return kind(slot)
-
-
-def is_ours(name: Any) -> bool:
-    """Whether a `cache_implementation` is left to us: any text transformers does not know."""
-    return isinstance(name, str) and (name.startswith(PREFIX) or name not in THEIR_NAMES)
 
 
 def _storages(root: object) -> dict[int, int]:

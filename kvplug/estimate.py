@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from .cache import build
 from .compat import THEIR_NAMES, CacheLayerMixin, StaticLayer, modeling
 from .errors import KvplugError, SpecError, unknown
+from .factory import build
 from .spec import PREFIX, PRESETS
 
 if TYPE_CHECKING:

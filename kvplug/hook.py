@@ -22,10 +22,11 @@ from typing import Any
 from transformers import GenerationConfig, GenerationMixin
 
 from . import bias, compat
-from .cache import Cache, build, is_ours
+from .cache import Cache
 from .errors import KvplugError, SpecError, UnknownHost, UnknownStage
+from .factory import build
 from .pair import Pair
-from .spec import parse
+from .spec import is_ours, parse
 
 _originals: dict[tuple[type, str], Any] = {}
 

@@ -28,10 +28,9 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from transformers import GenerationMixin
 
 from . import compat
-from .cache import is_ours
 from .errors import KvplugError, SpecError, UnknownHost
 from .hook import cache_in
-from .spec import PREFIX, parse
+from .spec import PREFIX, is_ours, parse
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig

@@ -17,6 +17,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from . import registry
+from .compat import THEIR_NAMES
 from .errors import SpecError, unknown
 from .strategy import DEFAULTS, Strategy
 
@@ -173,3 +174,8 @@ def _owner(argument: str, classes: list[type[Stage]], spec: str) -> type[Stage]:
         names = " and ".join(repr(cls.name) for cls in owners)
         raise SpecError(f"{spec!r}: {argument!r} belongs to {names}; write it inside the spec")
     return owners[0]
+
+
+def is_ours(name: Any) -> bool:
+    """Whether a `cache_implementation` is left to us: any text transformers does not know."""
+    return isinstance(name, str) and (name.startswith(PREFIX) or name not in THEIR_NAMES)

@@ -75,6 +75,9 @@ assert output_cache(coded).nbytes() < 0.6 * output_cache(exact).nbytes()
 assert output_cache(generate("keynorm(budget=16, every=4)")).held() < 16 + 4
 assert (generate("keynorm(budget=70)").sequences == exact.sequences).all()
 
+read = output_cache(generate("int8_shift(block=8)"))
+assert set(read.stats()["kernels"]) == {"numba"} and not read.stats()["materialised"]
+
 paged = output_cache(generate("paged(page=100)"))
 assert type(paged.layers[0]).__name__ == "PagedLayer"
 assert paged.layers[0].tail.capacity == 40 + 1 + 100  # the prompt, and a page from the next token

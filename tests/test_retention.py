@@ -7,6 +7,7 @@ from typing import ClassVar
 import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention as sdpa
+from transformers import FalconConfig, T5Config
 
 import kvplug
 from kvplug.compat import cache_argument
@@ -78,6 +79,14 @@ def test_scored_drops_padding_first():
 def test_scored_says_what_it_does_not_go_with():
     with pytest.raises(kvplug.SpecError, match=r"'longkeys' picks tokens .* needs room that grows"):
         kvplug.parse("longkeys+static(max_cache_len=64)")
+
+
+@pytest.mark.usefixtures("registered")
+def test_scored_is_refused_where_a_model_counts_columns_itself():
+    with pytest.raises(kvplug.SpecError, match="position bias of T5Config"):
+        kvplug.build("longkeys", T5Config())
+    with pytest.raises(kvplug.SpecError, match="alibi bias of FalconConfig"):
+        kvplug.build("longkeys", FalconConfig(alibi=True))
 
 
 @pytest.mark.usefixtures("registered")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -45,7 +46,7 @@ class Affine(Codec):
     k_bits: int = _bits(4)
     v_bits: int = _bits(4)
 
-    @property
+    @cached_property  # asked in every call of a kernel
     def format(self) -> str:
         return "affine" if {self.k_bits, self.v_bits} <= set(WIDTHS) else "affine_planes"
 

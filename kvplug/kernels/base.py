@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Kernel(Stage):
-    """Softmax attention over pinned tokens, encoded blocks and tail, without a dense copy."""
+    """Softmax attention over sinks, encoded blocks and tail, without a dense copy."""
 
     kind: ClassVar[str] = "kernel"
     differentiable: ClassVar[bool] = False  # else `backward` through the output raises
@@ -69,8 +69,8 @@ class Kernel(Stage):
         """Whether it reads T plain tokens for S new ones faster than torch's own attention."""
         return False
 
-    def reads_pinned(self, S: int, T: int) -> bool:
-        """The like for T tokens of which the first are pinned: torch wants them concatenated."""
+    def reads_sinks(self, S: int, T: int) -> bool:
+        """The like for T tokens of which the first are sinks: torch wants them concatenated."""
         return self.reads_plain(S, T)
 
     def resolve(self, codec: Codec, device: torch.device, dtype: torch.dtype) -> Kernel:

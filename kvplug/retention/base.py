@@ -37,6 +37,11 @@ class Retention(Stage):
         return None
 
     @property
+    def drops(self) -> bool:
+        """Whether it drops anything, some time."""
+        return self.newest is not None
+
+    @property
     def queries(self) -> int:
         """How many of the newest queries it wants to see once attention has run; 0: none."""
         return 0
@@ -82,6 +87,10 @@ class Scored(Retention):
     budget: int
     every: int
     log_sum_exp: ClassVar[bool] = False  # whether `score` wants it, for the queries it asks for
+
+    @property
+    def drops(self) -> bool:
+        return True
 
     def score(self, tokens: Candidates) -> Tensor:
         """How much each token is worth keeping, [B, H, T]: higher is kept."""

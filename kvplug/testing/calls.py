@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import DynamicCache, GenerationMixin, LogitsProcessor
 
-from ..cache import build
 from ..compat import cache_argument, output_cache
+from ..factory import build
 from ..spec import PREFIX
 from .architectures import Architecture, make
 from .shadow import Wrong

@@ -10,9 +10,9 @@ import torch
 from hypothesis import strategies as st
 from transformers import GPT2Config
 
-from ..cache import build
 from ..compat import DynamicLayer
 from ..errors import CacheOverflow, Evicted
+from ..factory import build
 from ..layers.static import StaticLayer
 from ..retention.base import Retention, Scored
 

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 
-from ..cache import build
 from ..codecs.exact import Exact
 from ..compat import cache_argument
+from ..factory import build
 from ..kernels.reference import Reference
 from ..layers.buffer import Buffer
 from ..layers.layout import Growing

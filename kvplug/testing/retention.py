@@ -6,10 +6,10 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from ..cache import build
 from ..codecs.exact import Exact
 from ..compat import cache_argument
 from ..errors import Evicted
+from ..factory import build
 from ..kernels.reference import Reference
 from ..layers.layout import Growing
 from ..placement.device import Device

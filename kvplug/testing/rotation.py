@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import DynamicCache, EncoderDecoderCache
 
-from ..cache import build
 from ..compat import cache_argument
+from ..factory import build
 from ..layers.growing import Layer
 from .shadow import Wrong
 

@@ -16,9 +16,10 @@ from torch.nn.functional import scaled_dot_product_attention as sdpa
 from transformers import DynamicCache, GenerationConfig
 
 from ..attention.view import View
-from ..cache import Cache, build
+from ..cache import Cache
 from ..compat import cache_argument, output_cache
 from ..errors import Unseen
+from ..factory import build
 from ..layers.layout import Growing
 from ..placement.device import Device
 from ..registry import available

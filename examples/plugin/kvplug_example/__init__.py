@@ -1,1 +1,1 @@
-"""Stages for kvplug: a codec, two retention methods and a layout, each in a file."""
+"""Stages for kvplug: two codecs, two retention methods and a layout, each in a file."""

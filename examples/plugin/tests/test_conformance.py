@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from kvplug_example.int8_shift import Int8Shift
 from kvplug_example.int8_token import Int8Token
 from kvplug_example.keynorm import KeyNorm
 from kvplug_example.lookback import LookBack
@@ -18,6 +19,14 @@ class TestInt8Token(CodecConformance):
     @pytest.fixture
     def codec(self):
         return Int8Token(block=8)
+
+
+class TestInt8Shift(CodecConformance):
+    """Encoding, decoding, and the format that it claims."""
+
+    @pytest.fixture
+    def codec(self):
+        return Int8Shift(block=8)
 
 
 class TestKeyNorm(RetentionConformance):

@@ -65,7 +65,7 @@ class Numba(Kernel):
     def reads_plain(self, S: int, T: int) -> bool:
         return S <= 8 and T >= 1024  # 0.6 of the time at 6,000 tokens; the same at 1,000
 
-    def reads_pinned(self, S: int, T: int) -> bool:
+    def reads_sinks(self, S: int, T: int) -> bool:
         return S <= 8  # beside torch's own attention there is a copy of all columns to be saved
 
     def attend(

@@ -1,0 +1,165 @@
+"""What a layer stores, by column, and reading it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from ..attention.gradients import recorded, refuse
+from ..attention.stored import Stored
+from ..attention.view import Watch, views
+from .base import AttentionLayer
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ..codecs.base import Encoded
+    from ..kernels.base import Kernel
+    from ..placement.base import Place
+    from ..stats import Stats
+    from .buffer import Buffer
+
+
+class Columns(AttentionLayer):
+    """Tokens in blocks and in a tail, addressed by the column at which they came.
+
+    Columns count tokens from the start of the sequence, padding included:
+
+        column   0 ................................................................ seen
+                 |  evicted  |  sinks  |  blocks  |  tail  |  new  |
+                             ^ first visible              ^ seen, before `update`
+
+    What is stored is blocks, then tail; what a query may see is a suffix of the columns, so that
+    the mask transformers builds for a suffix is right whatever retention drops. Sinks, the first
+    tokens of a row where retention keeps them, are read in the place of the oldest visible ones.
+
+    blocks: a `Buffer` of encoded tensors [B, H, N, ...]; tail: one of keys and values [B, H, R, D]
+    padding: [B] leading padding tokens of each row
+    """
+
+    place: Place
+    kernel: Kernel
+    stats: Stats
+    blocks: Buffer
+    tail: Buffer
+    padding: Tensor | None
+    seen: int
+    is_initialized: bool
+    _fetched: Encoded | None  # blocks under way to the device
+
+    def held(self) -> int:
+        return self.seen - self._first_visible()
+
+    def encoded(self) -> tuple[int, int, Encoded | None]:
+        if not self.is_initialized:
+            return 0, 0, None
+        blocks = self.blocks.read() if len(self.blocks) else None
+        return self._first_stored(), self._tail_start(), blocks
+
+    @property
+    def keys(self) -> Tensor | None:
+        """The keys a next query can see, dense [B, H, T, Dk], a copy; None before any token."""
+        return self._dense(0) if self.seen else None
+
+    @property
+    def values(self) -> Tensor | None:
+        """The values a next query can see, dense [B, H, T, Dv], a copy; None before any token."""
+        return self._dense(1) if self.seen else None
+
+    def _dense(self, side: int) -> Tensor:
+        first = self._first_visible()
+        if not self._has_sinks(first):
+            return self._read(first, self.seen, side).clone()
+        start = first + self.sinks.count
+        return torch.cat((self._sinks_at(first)[side], self._read(start, self.seen, side)), dim=2)
+
+    def _tail_start(self) -> int:
+        """The column of the oldest token in the tail."""
+        return self.seen - len(self.tail)
+
+    def _first_stored(self) -> int:
+        """The oldest column still stored."""
+        return self._tail_start() - len(self.blocks) * self.strategy.codec.block
+
+    def _first_visible(self, n: int = 0) -> int:
+        """The oldest column that the next query can see; were the newest n tokens removed."""
+        retention = self.strategy.retention
+        if retention.newest is None:
+            return 0
+        return max(0, self.seen - n - (retention.newest - 1) - retention.first)
+
+    def _has_sinks(self, first: int) -> bool:
+        """Whether sinks stand at the columns `first` and on."""
+        return self.sinks is not None and first > 0
+
+    def _sinks_at(self, first: int) -> tuple[Tensor, Tensor]:
+        """Keys and values [B, H, count, D] of the sinks, as they stand from column `first` on."""
+        last = first + self.sinks.count
+
+        def own() -> tuple[Tensor, Tensor]:
+            return self._read(first, last, 0), self._read(first, last, 1)
+
+        return self.sinks.at(first, self.padding, own)
+
+    def _visible(
+        self, first: int, S: int, graph: tuple[Tensor, Tensor] | None
+    ) -> tuple[Tensor, Tensor]:
+        """Keys and values from column `first` on, sinks in their place.
+
+        graph: the new tokens, where autograd records them and what is stored passes no gradient.
+        """
+        head, start = None, first
+        if self._has_sinks(first):
+            head, start = self._sinks_at(first), first + self.sinks.count
+        blocks, skip = self._blocks_from(start)
+        rows = self.tail.read(max(0, start - self._tail_start()))
+        tail = rows["k"], rows["v"]
+        if graph is not None:
+            tail = refuse(self.strategy, graph, tail)
+        visible, watch = self._visible_columns(), self._watch(S)
+        stored = Stored(self.strategy.codec, head, blocks, skip, tail, new=S, visible=visible)
+        if blocks or watch or self._kernel_reads(S, stored):
+            return views(stored, self.kernel, self.stats, watch)
+        return stored.dense()
+
+    def _visible_columns(self) -> Tensor | None:
+        """Which columns before the new ones a query may see, [B, H, T]; None: as the mask says."""
+        return None
+
+    def _watch(self, S: int) -> Watch | None:
+        """Who wants to see the queries of S new tokens."""
+        return None
+
+    def _kernel_reads(self, S: int, stored: Stored) -> bool:
+        """Whether to leave tokens that are all as they came to the kernel, rather than to torch."""
+        if recorded(*stored.tail) or torch.compiler.is_compiling():
+            return False  # real tensors for autograd and for the compiler
+        reads = self.kernel.reads_plain if stored.is_plain else self.kernel.reads_sinks
+        return reads(S, stored.length)
+
+    def _read(self, begin: int, end: int, side: int) -> Tensor:
+        """Columns begin:end of keys (0) or values (1), decoded, without sinks: [B, H, n, D]."""
+        blocks, skip = self._blocks_from(begin, end)
+        tail_start = self._tail_start()
+        tail = self.tail.read(max(0, begin - tail_start), max(0, end - tail_start))
+        stored = Stored(self.strategy.codec, None, blocks, skip, (tail["k"], tail["v"]))
+        return stored.side(side)[:, :, : end - begin]
+
+    def _blocks_from(self, column: int, end: int | None = None) -> tuple[dict[str, Tensor], int]:
+        """Blocks, on the device, from the one with `column` on; how many of its tokens precede.
+
+        end: the first column that is not wanted; None: all blocks, which may be under way.
+        """
+        if column >= self._tail_start():
+            return {}, 0
+        block = self.strategy.codec.block
+        n, skip = divmod(column - self._first_stored(), block)
+        if end is not None:
+            last = -((self._first_stored() - end) // block)  # rounded up
+            blocks = self.blocks.read(n, min(last, len(self.blocks)))
+        elif self._fetched is None:
+            blocks = self.blocks.read(n)
+        else:
+            blocks, self._fetched = {k: x[:, :, n:] for k, x in self._fetched.items()}, None
+        return self.place.fetch(blocks, self.device), skip
