@@ -37,7 +37,7 @@ DEFECTS = [
     # what is kept, and what a query may see
     Defect(
         "a window is one token short",
-        "kvplug/layers/growing.py",
+        "kvplug/layers/columns.py",
         "self.seen - n - (retention.newest - 1) - retention.first",
         "self.seen - n - (retention.newest - 2) - retention.first",
         LAYER,
