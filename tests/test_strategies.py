@@ -10,8 +10,9 @@ from kvplug.layers.static import StaticLayer
 from kvplug.layers.static_coded import StaticCodedLayer
 from kvplug.testing import StrategyConformance
 from kvplug.testing.oracle import Machine, kept_whole, one_layer
+from kvplug.testing.reuse import OPERATIONS
 from kvplug.testing.specs import BUILTIN, cover, strategies
-from kvplug.testing.strategy import ASSISTED, CHUNKS, HEADS, MODES, OPERATIONS
+from kvplug.testing.strategy import ASSISTED, CHUNKS, HEADS, MODES
 from kvplug.testing.tools import DTYPES
 
 BY_LAYER = [

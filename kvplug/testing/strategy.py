@@ -1,4 +1,4 @@
-"""The contract of a whole strategy: the invariants, in `generate` and layer by layer."""
+"""The contract of a whole strategy: what always holds, in `generate` and layer by layer."""
 
 from __future__ import annotations
 
@@ -10,9 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from hypothesis import example, given, settings
-from hypothesis import strategies as st
-from torch.nn.functional import scaled_dot_product_attention as sdpa
 from transformers import DynamicCache, GenerationConfig
 
 from ..attention.view import View
@@ -23,31 +20,27 @@ from ..factory import build
 from ..layers.layout import Growing
 from ..placement.device import Device
 from ..registry import available
-from ..retention.base import Scored
 from ..spec import PREFIX, Strategy, parse
+from .layers import OnLayers
+from .memory import walked_bytes
+from .oracle import kept_whole, one_layer
+from .reuse import Reuse
+from .tools import (
+    DTYPES,
+    GREEDY,
+    assert_close,
+    attended,
+    left_padded,
+    normal,
+    prompt,
+    tiny_llama,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from torch import Tensor
     from transformers import PreTrainedModel
-
-from .memory import peak_bytes, storages_of, walked_bytes
-from .oracle import EACH, STEP, Machine, budget, kept_whole, one_layer
-from .tools import (
-    DRAWN,
-    DTYPES,
-    assert_close,
-    attended,
-    left_padded,
-    normal,
-    prompt,
-    same,
-    tiny_llama,
-)
-
-GREEDY = {"do_sample": False, "max_new_tokens": 14}
-
 
 MODES = {
     "greedy": {},
@@ -62,15 +55,9 @@ MODES = {
 ASSISTED = ("prompt lookup", "assistant")  # of one row alone
 HEADS = [(4, 4), (8, 2), (4, 1)]  # of queries, of keys and values
 CHUNKS = [1, 3, 8, 11, 64]
-OPERATIONS: dict[str, tuple[Callable[[Cache], None], list[int]]] = {  # and the rows it leaves
-    "reorder": (lambda c: c.reorder_cache(torch.tensor([2, 0, 0])), [2, 0, 0]),
-    "repeat": (lambda c: c.batch_repeat_interleave(2), [0, 0, 1, 1, 2, 2]),
-    "index": (lambda c: c.batch_select_indices(torch.tensor([2, 1])), [2, 1]),
-    "mask": (lambda c: c.batch_select_indices(torch.tensor([True, False, True])), [0, 2]),
-}
 
 
-class StrategyConformance:
+class StrategyConformance(OnLayers, Reuse):
     """What always holds of a cache, whatever its stages. Override the fixture `spec`.
 
     Use small blocks, tails and windows, e.g. `"sinks(sinks=2, window=10)+int4(block=8, tail=8)"`.
@@ -261,51 +248,7 @@ class StrategyConformance:
             assert int(ours.get_seq_length()) == length
             assert ours.held() <= length
 
-    def test_masks_counts_and_shapes_agree(self, strategy: Strategy) -> None:
-        """`get_mask_sizes` announces what `update` returns, `held` what a query finds."""
-        layer, seen = one_layer(strategy), 0
-        for S in (5, 1, 1, 9, 1, 17, 2, *[1] * 12):
-            length, offset = layer.get_mask_sizes(S)
-            held = layer.held()
-            new = normal(2, 2, S, 8, seed=S), normal(2, 2, S, 6, seed=S)
-            keys, values = attended(layer, *new)
-            seen += S
-            assert keys.shape == (2, 2, length, 8)
-            assert values.shape == (2, 2, length, 6)
-            assert int(layer.get_seq_length()) == seen
-            limit = layer.strategy.layout.limit
-            assert length in (held + S, limit)
-            assert offset == seen - S - held
-        limit = layer.get_max_length()
-        assert limit == -1 or limit >= layer.held()
-
     # ------------------------------------------------------------------------- storage and memory
-
-    def test_append_only(self, strategy: Strategy) -> None:
-        """A block is encoded once, and its bytes never change while more tokens come."""
-        if isinstance(strategy.retention, Scored):
-            pytest.skip(f"{strategy.retention}: blocks have no column; see RetentionConformance")
-        layer, kept = one_layer(strategy), {}
-        codec = layer.strategy.codec
-        for step, S in enumerate((3, 20, 1, 1, 1, 7, 2, *[1] * 40, 13)):
-            attended(layer, normal(2, 2, S, 8, seed=step), normal(2, 2, S, 6, seed=-step))
-            begin, end, data = layer.encoded()
-            if data is None:
-                continue
-            for i, column in enumerate(range(begin, end, codec.block)):
-                now = {name: x[:, :, i].clone() for name, x in data.items()}
-                before = kept.setdefault(column, now)
-                assert all(same(now[name], x) for name, x in before.items()), f"block at {column}"
-        if not layer.cuts_blocks:
-            assert layer.stats.blocks_encoded == len(kept) == 0
-            pytest.skip(f"{strategy}: cuts no blocks")
-        assert layer.stats.blocks_encoded >= len(
-            kept
-        )  # some were dropped before they were seen here
-        if strategy.retention.newest is None:
-            assert layer.stats.blocks_encoded == len(kept)
-        if codec.tail + codec.block < layer.held():
-            assert kept, "nothing was ever encoded"
 
     def test_full_precision_stays_within_the_tail(
         self, strategy: Strategy, fresh: Callable, model: PreTrainedModel
@@ -333,173 +276,6 @@ class StrategyConformance:
         assert cache.nbytes() == walked_bytes(cache)
         cache.reset()
         assert cache.nbytes() == walked_bytes(cache)
-
-    def test_no_dense_copy(self, strategy: Strategy) -> None:
-        """A decode step allocates about a block, however much is held.
-
-        Measured over a layer's update and attention in steps one after the other; the median, since
-        room grows now and then.
-        """
-        B, H, D, steps = 1, 2, 32, 7
-        retention = strategy.retention
-        whole = kept_whole(retention, 650)
-        held = 600 if whole else budget(retention)
-        layer = one_layer(strategy, limit=640)
-        codec = layer.strategy.codec
-        attended(layer, *(normal(B, H, held, D, seed=s) for s in (0, 1)))
-        token = normal(B, H, 1, D, seed=2)
-
-        def step() -> None:
-            length, offset = layer.get_mask_sizes(1)
-            visible = torch.arange(offset, offset + length) <= int(layer.get_seq_length())
-            sdpa(token, *layer.update(token, token), attn_mask=visible.view(1, 1, 1, length))
-
-        peaks = sorted(peak_bytes(step) for _ in range(steps))
-        row = 2 * B * H * D * 4
-        # a block being decoded, the pieces of it and the tail being encoded; masks and scores
-        allowed = (
-            6 * row * (codec.block + codec.tail if layer.cuts_blocks else 1) + 64 * held + 4096
-        )
-        if allowed > row * held // 2:
-            if whole:
-                pytest.fail(f"blocks of {codec} are too large for this test")
-            pytest.skip(f"{retention}: holds too little to tell a copy from a block")
-        assert peaks[steps // 2] <= allowed, f"{peaks} bytes; {row * held} are held"
-
-    # ------------------------------------------------------------------------------ the whole API
-
-    def test_reset_and_use_again(self, fresh: Callable, model: PreTrainedModel) -> None:
-        """After `reset` a cache is as new, for shorter and for longer sequences."""
-        used = fresh()
-        model.generate(prompt(40, 2), **cache_argument(used), **GREEDY)
-        for n in (9, 50):
-            used.reset()
-            assert int(used.get_seq_length()) == used.held() == 0
-            outs = [
-                model.generate(prompt(n, 2, seed=n), **cache_argument(c), **GREEDY)
-                for c in (used, fresh())
-            ]
-            assert torch.equal(*outs)
-
-    def test_second_generate_with_the_returned_cache(
-        self, run: Callable, model: PreTrainedModel, fresh: Callable, lossless: bool
-    ) -> None:
-        """Two turns; a cache made by `build` and one made by `generate` are the same.
-
-        A layout that reserves has made room for the first call, and makes more for the second.
-        """
-        new = {"max_new_tokens": 8}
-
-        def first(**kwargs: Any) -> Any:
-            return run(prompt(17), return_dict_in_generate=True, **new, **kwargs)
-
-        def second(said: Tensor, cache: Any) -> Tensor:
-            """All that was said, and a new question."""
-            ids = torch.cat((said, prompt(9, seed=4)), 1)
-            return model.generate(ids, **cache_argument(cache), **(GREEDY | new))
-
-        made, built = first(), fresh()
-        said = model.generate(prompt(17), **cache_argument(built), **(GREEDY | new))
-        assert torch.equal(said, made.sequences)
-        turn = second(said, built)
-        assert torch.equal(second(said, output_cache(made)), turn)
-        if lossless:
-            plain = first(spec=None)
-            assert torch.equal(second(plain.sequences, output_cache(plain)), turn)
-
-    def test_deepcopy_and_diverge(self, fresh: Callable, model: PreTrainedModel) -> None:
-        """Prefixes are reused by copying: what is done to one copy does not reach another."""
-        prefix = prompt(26)
-        cache = fresh()
-        with torch.no_grad():
-            model(prefix, **cache_argument(cache))
-        ends = [torch.cat((prefix, prompt(7, seed=s)), 1) for s in (1, 2, 3)]
-        apart = []
-        for ids in ends:
-            own = fresh()
-            with torch.no_grad():
-                model(prefix, **cache_argument(own))
-            apart.append(model.generate(ids, **cache_argument(own), **GREEDY))
-        for ids, expected in zip(ends, apart, strict=True):
-            twin = copy.deepcopy(cache)  # looked at before it has made room of its own
-            assert storages_of(twin).isdisjoint(storages_of(cache)), "the copy shares storage"
-            assert torch.equal(model.generate(ids, **cache_argument(twin), **GREEDY), expected)
-        assert twin.stats()["blocks_encoded"] >= cache.stats()["blocks_encoded"]
-        assert storages_of(twin).isdisjoint(storages_of(cache)), "the copy shares storage"
-
-    @pytest.mark.parametrize("operation", OPERATIONS)
-    def test_batch_operations(
-        self, strategy: Strategy, model: PreTrainedModel, fresh: Callable, operation: str
-    ) -> None:
-        """Rows are independent: choosing them after or before the prefill is the same."""
-        ids, late = prompt(30, 3), fresh()
-        change, rows = OPERATIONS[operation]
-        early = fresh()
-        with torch.no_grad():
-            for i in (0, 15):
-                model(ids[:, i : i + 15], **cache_argument(late))
-                model(ids[rows][:, i : i + 15], **cache_argument(early))
-            change(late)
-            for step in range(12):
-                token = prompt(1, len(rows), seed=step)
-                a, b = (model(token, **cache_argument(c)).logits for c in (early, late))
-                assert_close(b, a)
-
-    def test_crop_and_go_on(
-        self, strategy: Strategy, model: PreTrainedModel, fresh: Callable, lossless: bool
-    ) -> None:
-        """While the past is recorded a rollback leaves no trace, if `is_croppable`."""
-        ids = prompt(30)
-        plain, cropped = fresh(), fresh()
-        with torch.no_grad():
-            for cache in (plain, cropped):
-                model(ids, **cache_argument(cache))
-            cropped.activate_past_recording()
-            for step, (guesses, removed) in enumerate([(5, 5), (4, 2), (9, 8), (1, 0), (6, 6)]):
-                tokens = prompt(guesses, seed=step)
-                model(tokens, **cache_argument(cropped))
-                cropped.crop(-removed)
-                assert (
-                    int(cropped.get_seq_length()) == int(plain.get_seq_length()) + guesses - removed
-                )
-                if guesses > removed:
-                    model(tokens[:, : guesses - removed], **cache_argument(plain))
-                assert cropped.held() == plain.held()
-            token = prompt(1, seed=9)
-            a, b = (model(token, **cache_argument(c)).logits for c in (plain, cropped))
-        assert b.isfinite().all()
-        # the tokens of one call see each other in full precision, so calls that were cut otherwise
-        # may have computed later layers a little differently where the codec loses something
-        if strategy.lossless and kept_whole(strategy.retention, 40):
-            assert_close(b, a)
-        keys = [c.layers[0].keys for c in (plain, cropped)]
-        if (
-            plain.is_croppable
-            and strategy.retention.newest is None
-            and not isinstance(strategy.retention, Scored)
-        ):
-            assert torch.equal(keys[0][:, :, :30], keys[1][:, :, :30])
-        with pytest.raises(ValueError, match=r"positive|minus"):
-            cropped.crop(5)
-
-    @given(
-        steps=st.lists(STEP, min_size=3, max_size=24),
-        padding=st.lists(st.integers(0, 4), min_size=1, max_size=3),
-    )
-    @example(steps=EACH, padding=[0, 2, 1])
-    @settings(DRAWN, max_examples=40)
-    def test_any_sequence_of_operations(
-        self, spec: str, steps: list[tuple[str, int]], padding: list[int]
-    ) -> None:
-        """Drawn operations on a layer against transformers' `DynamicLayer`.
-
-        Exact where the codec is; else each token within the sum of the bounds of the blocks it was
-        encoded in; the tail, sinks and the call's own tokens always exact.
-        """
-        strategy = parse(spec)
-        if isinstance(strategy.retention, Scored):
-            pytest.skip(f"{strategy.retention}: chooses by content; see RetentionConformance")
-        Machine(strategy, padding).run([("update", 6), *steps, ("update", 1)])
 
     # ----------------------------------------------------------------- callers, configs and threads
 

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+GREEDY = {"do_sample": False, "max_new_tokens": 14}
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
