@@ -1,4 +1,4 @@
-"""One thread (tiny models are slower with two), one compilation, and `--regen` for golden bytes."""
+"""One thread (tiny models are slower with two), one compilation, `--regen`, a model, a prompt."""
 
 import gc
 import os
@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
+
+from kvplug.testing.tools import prompt, tiny_llama
 
 torch.set_num_threads(1)
 WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
@@ -67,3 +69,15 @@ def golden(request):
         "folder": Path(__file__).parent / "golden",
         "regen": request.config.getoption("--regen"),
     }
+
+
+@pytest.fixture
+def model():
+    """What tests of `generate` run, where they need no other."""
+    return tiny_llama()
+
+
+@pytest.fixture
+def ids():
+    """And its prompt."""
+    return prompt(21)

@@ -9,6 +9,7 @@ from multiprocessing.reduction import ForkingPickler
 import pytest
 import torch
 import transformers
+from greedy import LONGER as GREEDY
 from transformers.masking_utils import create_chunked_causal_mask
 
 import kvplug
@@ -18,7 +19,6 @@ from kvplug.compat import (
     LinearAttentionAndFullAttentionLayer,
     LinearAttentionLayer,
     cache_argument,
-    output_cache,
 )
 from kvplug.layers.combined import with_state
 from kvplug.layers.growing import Layer
@@ -26,7 +26,7 @@ from kvplug.layers.static import StaticLayer as OurStaticLayer
 from kvplug.layers.static_coded import StaticCodedLayer
 from kvplug.layers.static_sliding import StaticSlidingLayer
 from kvplug.testing.architectures import make
-from kvplug.testing.tools import assert_close, left_padded, normal, prompt
+from kvplug.testing.tools import assert_close, left_padded, prompt
 
 pytestmark = pytest.mark.canary
 
@@ -40,7 +40,6 @@ KINDS = [
     "stablelm", "starcoder2", "smollm3, no rotation in a layer",
 ]  # fmt: skip
 
-GREEDY = {"do_sample": False, "max_new_tokens": 24}
 # up to 5.17 `generate` hands this an argument it does not take, for any static cache
 OLD_CHUNKED_MASK = (
     "block_sequence_ids" not in inspect.signature(create_chunked_causal_mask).parameters
@@ -230,104 +229,6 @@ def test_models_without_attention_are_refused_by_name(config):
         kvplug.SpecError, match=r"no attention layer it could serve.*LinearAttentionLayer"
     ):
         kvplug.build("int4", config())
-
-
-def encoder_decoder(kind):
-    """A tiny model that reads an encoder, and two inputs of it, the second one left-padded."""
-    settings = {
-        "vocab_size": 97, "d_model": 32, "pad_token_id": 0, "bos_token_id": 1,
-        "eos_token_id": None, "decoder_start_token_id": 1,
-    }  # fmt: skip
-    inputs = left_padded([prompt(n, seed=n)[0] for n in (19, 6)])
-    if kind == "t5":
-        settings |= {
-            "d_kv": 8,
-            "d_ff": 32,
-            "num_layers": 2,
-            "num_heads": 4,
-            "initializer_factor": 3.0,
-        }
-        config, model = transformers.T5Config, transformers.T5ForConditionalGeneration
-    else:
-        settings |= {
-            "encoder_layers": 1, "decoder_layers": 2, "encoder_attention_heads": 2, "init_std": 0.3,
-            "decoder_attention_heads": 2, "encoder_ffn_dim": 32, "decoder_ffn_dim": 32,
-        }  # fmt: skip
-        config, model = transformers.BartConfig, transformers.BartForConditionalGeneration
-    if kind == "whisper":
-        settings |= {
-            "num_mel_bins": 8, "max_source_positions": 20, "max_target_positions": 64,
-            "suppress_tokens": None, "begin_suppress_tokens": None,
-        }  # fmt: skip
-        config, model = transformers.WhisperConfig, transformers.WhisperForConditionalGeneration
-        inputs = {"input_features": normal(2, 8, 40, seed=0)}
-    torch.manual_seed(0)
-    model = model(config(**settings)).eval()
-    model.generation_config.eos_token_id = model.generation_config.forced_eos_token_id = None
-    return model, inputs
-
-
-def generate(model, inputs, spec=None, **kwargs):
-    """`run`, but for Whisper, whose own `generate` is another thing."""
-    return transformers.GenerationMixin.generate(
-        model,
-        **inputs,
-        cache_implementation=spec and f"kvplug:{spec}",
-        return_dict_in_generate=True,
-        **(GREEDY | kwargs),
-    )
-
-
-@pytest.mark.parametrize("kind", ["t5", "bart", "whisper"])
-def test_a_decoder_with_an_encoder(kind):
-    """Its self-attention is ours, in every way to generate; cross-attention is transformers'."""
-    model, inputs = encoder_decoder(kind)
-    first = {name: x[:1] for name, x in inputs.items()}
-    ways = [(inputs, {}), (inputs, {"num_beams": 3}), (first, {"prompt_lookup_num_tokens": 3})]
-    ways += [(first, {"assistant_model": encoder_decoder(kind)[0]})] if kind != "whisper" else []
-    for given, kwargs in ways:
-        plain = generate(model, given, **kwargs).sequences
-        for spec in ("growing", "static", "exact(block=8)+host"):
-            ours = generate(model, given, spec, **kwargs)
-            assert torch.equal(ours.sequences, plain), (spec, kwargs)
-            assert isinstance(output_cache(ours).self_attention_cache, kvplug.Cache)
-
-
-def test_a_pair_of_caches_handed_in_rolls_back():
-    model, inputs = encoder_decoder("bart")
-    first, lookup = {name: x[:1] for name, x in inputs.items()}, {"prompt_lookup_num_tokens": 3}
-    ours = kvplug.build("growing", model.config)
-    pair = transformers.EncoderDecoderCache(ours, transformers.DynamicCache(config=model.config))
-    out = generate(model, first, **lookup, **cache_argument(pair))
-    assert output_cache(out).self_attention_cache is ours
-    assert torch.equal(out.sequences, generate(model, first, **lookup).sequences)
-
-
-def test_padding_of_an_encoder_is_not_the_decoders():
-    """`generate` gives what a loop gives that tells a cache of no padding: the decoder has none."""
-    model, inputs = encoder_decoder("bart")
-    spec, ids = "sinks(sinks=2, window=6)", torch.ones(2, 1, dtype=torch.long)
-    pair = transformers.EncoderDecoderCache(
-        kvplug.build(spec, model.config), transformers.DynamicCache(config=model.config)
-    )
-    with torch.no_grad():
-        read = model.get_encoder()(**inputs)
-        for _ in range(GREEDY["max_new_tokens"]):
-            logits = model(
-                encoder_outputs=read,
-                attention_mask=inputs["attention_mask"],
-                decoder_input_ids=ids[:, -1:],
-                **cache_argument(pair),
-            ).logits
-            ids = torch.cat((ids, logits[:, -1:].argmax(-1)), dim=1)
-    assert torch.equal(generate(model, inputs, spec).sequences, ids)
-
-
-@pytest.mark.parametrize("spec", ["sinks", "window"])
-def test_relative_positions_that_count_from_the_first_key_have_no_window(spec):
-    model, inputs = encoder_decoder("t5")
-    with pytest.raises(kvplug.SpecError, match=r"position bias of T5Config counts keys.*use full"):
-        generate(model, inputs, spec)
 
 
 @pytest.mark.parametrize("name", ["bloom, alibi", "falcon, alibi"])
