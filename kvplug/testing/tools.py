@@ -28,8 +28,13 @@ DRAWN = settings(
     deadline=None,
     derandomize=True,
     database=None,
-    # a fixture is a frozen stage or a spec: nothing of it survives an example
-    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+    suppress_health_check=[
+        # a fixture is a frozen stage or a spec: nothing of it survives an example
+        HealthCheck.function_scoped_fixture,
+        HealthCheck.too_slow,
+        # suites are there to be inherited, by several classes of one process
+        HealthCheck.differing_executors,
+    ],
 )
 
 
