@@ -275,7 +275,7 @@ def where(e: BaseException) -> str:
 
 
 def quiet() -> None:
-    """One thread, since the models are tiny; and nothing but the table is printed."""
+    """One thread, since the models are tiny; nothing but the table is printed: in this process."""
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     transformers.logging.set_verbosity(logging.CRITICAL)
@@ -319,7 +319,6 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, help="write every cell here")
     parser.add_argument("--write", type=Path, help="write the document here")
     options = parser.parse_args(arguments)
-    quiet()
     if options.cell:
         cell = Cell(*(x.strip() for x in options.cell.split(" / ")))
         result = Row(cell.architecture).run(cell)
@@ -363,4 +362,5 @@ def counts(results: list[Result]) -> dict[str, int]:
 
 
 if __name__ == "__main__":
+    quiet()
     sys.exit(main())
