@@ -51,7 +51,6 @@ class ScoredLayer(Layer):
         super().lazy_initialization(key_states, value_states)
         self.positions = Buffer(OnDevice(), self.device, 16)  # [B, H, T], of blocks and tail
         self.queries = Buffer(OnDevice(), self.device, 16)  # [B, Q, n, Dk], and their log-sum-exp
-
         self._padded = bool(self.padding.any())
 
     def update(
@@ -97,11 +96,11 @@ class ScoredLayer(Layer):
         if not self._unseen:  # another layer of the model reads the same tokens
             return
         self._unseen, self._scale = 0, scale
-        rows = {"q": queries}
+        new = {"q": queries}
         if log_sum_exp is not None:
-            rows["lse"] = log_sum_exp
+            new["lse"] = log_sum_exp
         with lasting():
-            self.queries.append(rows)
+            self.queries.append(new)
         if not self.record_past:
             self._settle()
 
