@@ -44,7 +44,8 @@ def rewritten(text: str) -> str:
 
 def choice() -> str:
     """Return which cache serves which need, and what it costs."""
-    (run,), context, quality = _runs("decode-bfloat16"), 6000, _quality()
+    (run,), quality = _runs("decode-llama-1b"), _quality()
+    context = max(run.config["context"])
 
     def cost(name: str) -> str:
         held, exact = (_row(run, x, "bytes_held", 1, context)["value"] for x in (name, EXACT))
@@ -71,11 +72,29 @@ def choice() -> str:
     }
     rows = [f"| {need} | `{name}` | {text} |" for need, (name, text) in body.items()]
     said = (
-        f"Decoding at {context:,} tokens in bfloat16 on 2 CPU cores, and drift, of a 135M model; "
-        "`int4+host` with 8B parameters on an H100."
+        f"Decoding at {context:,} tokens, 1B parameters in bfloat16 on 2 CPU cores; drift of a "
+        "135M model; `int4+host` with 8B parameters on an H100."
     )
     head = "| you need | name | against transformers' default cache |"
     return "\n".join([head, "|---|---|---|", *rows, "", said])
+
+
+def bigger() -> str:
+    """Return decoding of a model of 1B: milliseconds per token and bytes held, by context."""
+    (run,) = _runs("decode-llama-1b")
+    contexts = run.config["context"]
+    body = [
+        [
+            name,
+            *(_time(run, name, 1, x) for x in contexts),
+            *(f"{_row(run, name, 'bytes_held', 1, x)['value'] / 1e6:,.0f}" for x in contexts),
+        ]
+        for name in (EXACT, "growing", "int8", "int4")
+    ]
+    head = [f"{what} at {x:,}" for what in ("ms/token ↓", "held, MB ↓") for x in contexts]
+    versions = ", ".join(f"{x} {run.env['versions'][x]}" for x in ("torch", "transformers"))
+    table = _table(["strategy", *head], body)
+    return f"{table}\n\n{run.env['hardware']}, {versions}. {_noise(run)}"
 
 
 def main_job() -> str:
@@ -151,10 +170,7 @@ def cuda() -> str:
     what = [f"{batch} x {context:,}" for batch, context in cells]
     told = [f"{x}, {when}" for when in ("new", "met before") for x in what]
     table = _table(["ms/token ↓", "held, MB ↓ (1 x 16,384)", *told], body)
-    noise = next(
-        line for line in decode_suite.tables(run.config, run.rows)[-1].notes if "A/A" in line
-    )
-    return f"{table}\n\n{noise.partition(';')[0]}."
+    return f"{table}\n\n{_noise(run)}"
 
 
 def answers() -> str:
@@ -220,6 +236,12 @@ def _time(run: Run, strategy: str, batch: int, context: int) -> str:
         return f"{row['value']:.1f}"
     ratio = _row(run, strategy, "speedup", batch, context)["value"]
     return f"{row['value']:.1f} ({ratio:.2f}x{run.noise.flag(row, ratio)})"
+
+
+def _noise(run: Run) -> str:
+    """Return how far the reference of a decode run is from itself."""
+    notes = decode_suite.tables(run.config, run.rows)[-1].notes
+    return f"{next(line for line in notes if 'A/A' in line).partition(';')[0]}."
 
 
 def _table(head: list[str], body: list[list[str]]) -> str:
