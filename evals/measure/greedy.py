@@ -1,5 +1,5 @@
-"""How long greedy decoding says the same as with the exact cache, through `generate`, as a user
-calls it.
+"""What a cache makes the model say, through `generate`, as a user calls it; and how long greedy
+decoding says the same as with the exact cache.
 """
 
 from __future__ import annotations
@@ -17,13 +17,15 @@ if TYPE_CHECKING:
 
 
 def continuation(
-    model: PreTrainedModel, contender: Contender, prompt: torch.Tensor, count: int
+    model: PreTrainedModel, contender: Contender, prompt: torch.Tensor, count: int, **how: Any
 ) -> torch.Tensor:
-    """Generate exactly `count` tokens [B, count] after prompt [B, T], greedily."""
+    """Generate exactly `count` tokens [B, count] after prompt [B, T]: greedily, unless `how` says
+    otherwise in the words of `generate`; torch's seed then decides.
+    """
     out = model.generate(
         prompt,
         attention_mask=torch.ones_like(prompt),
-        do_sample=False,
+        **{"do_sample": False} | how,
         max_new_tokens=count,
         min_new_tokens=count,  # an early end of text would cut the comparison short
         pad_token_id=0,  # never used; without it generate warns

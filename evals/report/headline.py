@@ -18,7 +18,7 @@ SOURCES = {
     "prefill": ("prefill", "quick"),
     "generate": ("use_cache",),
     "attention": ("kernel",),
-    "kl": ("drift", "quick"),
+    "kl": ("drift", "pareto", "quick"),
 }
 
 

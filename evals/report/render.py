@@ -9,7 +9,7 @@ from rich.table import Table as Grid
 from rich.text import Text
 
 from evals import suites
-from evals.report import export, picture
+from evals.report import export, front, picture
 from evals.report.runs import load, read
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ def render(folder: Path, console: Console) -> bool:
     tables = suite.tables(config, rows) if rows else []
     under, failures = caption(config, env), errors(rows)
     (folder / "table.md").write_text(markdown(tables, failures, under), encoding="utf-8")
-    if png := picture.draw(rows, under[0]):
+    if png := picture.draw(rows, under[0]) or front.draw(rows, under[0]):
         (folder / "picture.png").write_bytes(png)
     export.html(load([folder]), folder / "report.html")
 

@@ -28,7 +28,7 @@ class Cell(NamedTuple):
 
 
 def retrieved(run: Run) -> list[Cell]:
-    """Return a run's cells; none where it asked nothing."""
+    """Return a run's cells; none where it asked nothing, or says one share of all it asked."""
     return [
         Cell(
             row["strategy"],
@@ -38,5 +38,5 @@ def retrieved(run: Run) -> list[Cell]:
             anchor=row["anchor"],
         )
         for row in run.rows
-        if row["metric"] == "retrieval" and row["value"] is not None
+        if row["metric"] == "retrieval" and row["case"] and row["value"] is not None
     ]

@@ -48,6 +48,10 @@ METRICS = {
         "B", "lower", "every tensor reachable from the cache, shared storage once"
     ),
     "bytes_per_token": Metric("B/token", "lower", "bytes held by tokens of all rows"),
+    "bits": Metric(
+        "bit", "lower", "held per number of keys and values, tokens in full precision at 16 bits"
+    ),
+    "bits_further": Metric("bit", "lower", "the same of the second half of the tokens alone"),
     "bytes_estimated": Metric("B", "lower", "what kvplug.estimate says without weights"),
     "estimate_error": Metric("%", "zero", "the estimate against the bytes held"),
     "peak_prefill": Metric(
@@ -65,6 +69,7 @@ METRICS = {
         "%", "zero", "perplexity against the exact cache's; moves by luck on short texts"
     ),
     "kl": Metric("nat", "lower", "mean KL(exact || strategy) of the next-token distributions"),
+    "kl_generated": Metric("nat", "lower", "the same on text that the model itself generated"),
     "top1": Metric("1", "higher", "share of positions where both have the same most likely token"),
     "greedy": Metric(
         "tokens",

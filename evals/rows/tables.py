@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, NamedTuple
 
 from evals.rows.noise import TIMED
@@ -45,8 +46,18 @@ def spread(row: Row, exact: Row | None) -> str:
     return f"{row['value']:.1f} ({row['p20']:.1f}-{row['p80']:.1f})"
 
 
+def share(row: Row, exact: Row | None) -> str:
+    """A share of n yes-or-no answers, and its 95 % interval (Wilson, 1927)."""
+    p, n, z = row["value"], row["n"], 1.96
+    middle, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + (z / (2 * n)) ** 2)
+    low, high = ((middle + side) / (1 + z * z / n) for side in (-half, half))
+    return f"{p:.2f} ({low:.2f}-{high:.2f})"
+
+
 # How a metric is shown, and under which head.
 COLUMNS: dict[str, tuple[str, Show]] = {
+    "bits": ("bits", number(2)),
+    "bits_further": ("bits, further", number(2)),
     "bytes_held": ("held, MB", mb),
     "bytes_per_token": ("held, B/token", number(0)),
     "bytes_estimated": ("estimated, MB", mb),
@@ -61,6 +72,8 @@ COLUMNS: dict[str, tuple[str, Show]] = {
     "perplexity_delta": ("Δ perplexity, %", number(2, "+")),
     "kl": ("KL, nat", number(6)),
     "top1": ("top-1", number(4)),
+    "kl_generated": ("KL, generated", number(6)),
+    "retrieval": ("words found", share),
     "greedy": ("greedy, tokens", number(0)),
     "edit_distance": ("edit distance", number(3)),
     "exact_match": ("exact match", number(2)),

@@ -112,12 +112,12 @@ def tables(config: dict[str, Any], rows: list[Row]) -> list[Table]:
     return [whole._replace(notes=[method(config)]), kl_by_range(rows)]
 
 
-def kl_by_range(rows: list[Row]) -> Table:
+def kl_by_range(rows: list[Row], metric: str = "kl", title: str = "KL by position, nat ↓") -> Table:
     """Return KL per contender and range of positions."""
     found = {
         (row["strategy"], row["case"]): row["value"]
         for row in rows
-        if row["metric"] == "kl" and row["case"]
+        if row["metric"] == metric and row["case"]
     }
     labels = list(dict.fromkeys(case for _, case in found))
     body = [
@@ -127,4 +127,4 @@ def kl_by_range(rows: list[Row]) -> Table:
         ]
         for name in dict.fromkeys(name for name, _ in found)
     ]
-    return Table("KL by position, nat ↓", ["strategy", *labels], body, [])
+    return Table(title, ["strategy", *labels], body, [])
