@@ -4,6 +4,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 from . import launch
 from .cache import Cache
+from .choose import Choice, recommend
 from .codecs.base import Codec, Encoded
 from .errors import (
     CacheOverflow,
@@ -42,6 +43,7 @@ __all__ = [
     "Cache",
     "CacheOverflow",
     "Candidates",
+    "Choice",
     "Codec",
     "Encoded",
     "Evicted",
@@ -70,6 +72,7 @@ __all__ = [
     "estimate",
     "option",
     "parse",
+    "recommend",
     "register",
     "unregister",
 ]

@@ -37,11 +37,12 @@ class Cache(transformers.Cache):
         super().__init__(layers=layers)
         self.strategy, self._stats = strategy, stats
         self._unpadded_only = unpadded_only  # why no batch with padding can be served
+        self.chosen: str | None = None  # why `auto` took this strategy
         self.may_grow = False  # whether `generate` may: it chose the length of a static layout
 
     def nbytes(self) -> int:
         """Bytes of all tensors reachable from here, shared storage once, reserved room included."""
-        return sum(_storages(self).values())
+        return nbytes(self)
 
     def held(self, layer_idx: int = 0) -> int:
         """Tokens of a layer that the next query can see; `get_seq_length` counts those seen."""
@@ -53,8 +54,12 @@ class Cache(transformers.Cache):
         return (layer for layer in self.layers if isinstance(layer, AttentionLayer))
 
     def stats(self) -> dict:
-        """What ran: calls per kernel, dense copies by cause, blocks encoded; and the full spec."""
-        return {"strategy": repr(self.strategy)} | self._stats.as_dict()
+        """What ran: calls per kernel, dense copies by cause, blocks encoded; and the full spec.
+
+        `chosen`: why `auto` took it; None where the caller has named it.
+        """
+        told = {"strategy": repr(self.strategy), "chosen": self.chosen}
+        return told | self._stats.as_dict()
 
     def state_dict(self) -> dict[str, Tensor | int | float | bool | str | None]:
         """All that this cache holds: plain tensors, and numbers that JSON has.
@@ -237,6 +242,11 @@ class Cache(transformers.Cache):
     def __repr__(self) -> str:
         seen = self.get_seq_length()
         return f"kvplug.Cache({str(self.strategy)!r}, layers={len(self.layers)}, seen={seen})"
+
+
+def nbytes(root: object) -> int:
+    """Bytes of all tensors reachable from an object, shared storage once."""
+    return sum(_storages(root).values())
 
 
 def _storages(root: object) -> dict[int, int]:

@@ -1,4 +1,4 @@
-"""`kvplug list`, `kvplug estimate`, `kvplug run` and `kvplug warmup`."""
+"""`kvplug list`, `kvplug estimate`, `kvplug recommend`, `kvplug run` and `kvplug warmup`."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import argparse
 import sys
 
 from .errors import KvplugError, SpecError
+from .strategy import ALLOWED
+from .units import text_of
 
 STRATEGIES = (
     "growing", "kvplug:static", "int8", "int4", "int2", "window(length=4096)", "sinks",
@@ -29,12 +31,18 @@ def main(argv: list[str] | None = None) -> int:
         epilog="example: kvplug estimate --model Qwen/Qwen3-8B --context 32768 int4 sinks",
     )
     sizes.add_argument("strategies", nargs="*", help=f"default: {', '.join(STRATEGIES)}")
-    sizes.add_argument("--model", required=True, help="Hub id, local folder or config.json")
-    sizes.add_argument("--context", type=_positive, required=True, help="tokens of the prompt")
-    sizes.add_argument("--batch", type=_positive, default=1, help="rows (default 1)")
-    sizes.add_argument(
-        "--dtype", default=None, help="of keys and values, e.g. bfloat16 (default: the config's)"
+    _add_sizes(sizes, "tokens of the prompt")
+    advice = commands.add_parser(
+        "recommend",
+        help="what cache_implementation='auto' would choose, among what, and why",
+        epilog="example: kvplug recommend --model Qwen/Qwen3-8B --context 32768 --memory 4GiB",
     )
+    _add_sizes(advice, "tokens in all, prompt and answer")
+    advice.add_argument("--memory", help="bytes the cache may hold (default: 0.8 of what is free)")
+    advice.add_argument(
+        "--drift", choices=ALLOWED, default="none", help="what may be lost (default none)"
+    )
+    advice.add_argument("--device", default="cpu", help="on which the model runs (default cpu)")
     launch = commands.add_parser(
         "run",
         help="a command, unedited, that knows the names and takes one where it names no cache",
@@ -49,9 +57,8 @@ def main(argv: list[str] | None = None) -> int:
     launch.add_argument("words", nargs="+", metavar="COMMAND", help="what to start, in full")
     commands.add_parser("warmup", help="compile the CPU kernel now, once per machine")
     args = parser.parse_args(argv)
-    run = {"list": _list, "estimate": _estimate, "run": _run, "warmup": _warmup}[args.command]
     try:
-        return run(args)
+        return COMMANDS[args.command](args)
     except (KvplugError, OSError) as e:
         print(f"kvplug: {e}", file=sys.stderr)
         return 2
@@ -96,6 +103,32 @@ def _estimate(args: argparse.Namespace) -> int:
     return code
 
 
+def _recommend(args: argparse.Namespace) -> int:
+    from transformers import AutoConfig
+
+    from .choose import recommend
+
+    choice = recommend(
+        AutoConfig.from_pretrained(args.model),
+        context=args.context,
+        batch=args.batch,
+        budget=args.memory,
+        drift=args.drift,
+        dtype=args.dtype,
+        device=args.device,
+    )
+    print(f"{'strategy':<24} {'holds':>10} {'KL':>8}")
+    for x in choice.options:
+        if x.held is None:
+            print(f"{x.spec:<24} refused: {x.refusal}")
+            continue
+        barred = "" if x.kl <= ALLOWED[args.drift] else f"drift={args.drift!r} does not allow it"
+        why = "chosen" if x == choice.best else barred or ("" if x.fits else "does not fit")
+        print(f"{x.spec:<24} {text_of(x.held):>10} {x.kl:>8.5f}  {why}".rstrip())
+    print(choice.reason)
+    return 2 if choice.best is None else 0
+
+
 def _run(args: argparse.Namespace) -> int:
     from .launch import run
 
@@ -114,6 +147,15 @@ def _warmup(args: argparse.Namespace) -> int:
     return 0
 
 
+def _add_sizes(parser: argparse.ArgumentParser, context: str) -> None:
+    parser.add_argument("--model", required=True, help="Hub id, local folder or config.json")
+    parser.add_argument("--context", type=_positive, required=True, help=context)
+    parser.add_argument("--batch", type=_positive, default=1, help="rows (default 1)")
+    parser.add_argument(
+        "--dtype", default=None, help="of keys and values, e.g. bfloat16 (default: the config's)"
+    )
+
+
 def _positive(text: str) -> int:
     try:
         value = int(text)
@@ -122,3 +164,12 @@ def _positive(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"{value} is not at least 1")
     return value
+
+
+COMMANDS = {
+    "list": _list,
+    "estimate": _estimate,
+    "recommend": _recommend,
+    "run": _run,
+    "warmup": _warmup,
+}

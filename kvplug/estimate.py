@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
+from .cache import nbytes
 from .compat import THEIR_NAMES, CacheLayerMixin, StaticLayer, modeling
 from .errors import KvplugError, SpecError, unknown
 from .factory import build
+from .layers.base import AttentionLayer
 from .spec import PREFIX, PRESETS
 
 if TYPE_CHECKING:
@@ -54,24 +56,51 @@ def estimate(
         raise SpecError(
             f"context {context:,} x batch {batch:,}: bytes are counted for at most {MOST:,} tokens"
         )
+    text = config.get_text_config(decoder=True)
+    dtype = dtype_of(text, dtype)
+    cache = _cache(spec, text, context)
+    shapes = kv_shapes(text, len(cache.layers))
+    of_kind: dict[tuple, int] = {}
+    more = 0  # of layers that are like one that was filled
+    for layer, shape in zip(cache.layers, shapes, strict=True):
+        if not isinstance(layer, CacheLayerMixin):  # a state, or nothing
+            continue
+        kind = _kind(layer), shape
+        if kind in of_kind:  # encoding takes a while, even of no data
+            more += of_kind[kind]
+            continue
+        before = nbytes(layer)
+        _fill(layer, shape, batch, context, dtype)
+        of_kind[kind] = nbytes(layer) - before
+    return cache.nbytes() + more
+
+
+def _kind(layer: Any) -> tuple:
+    """What two layers have in common that hold as many bytes of tokens of one shape."""
+    if isinstance(layer, AttentionLayer):
+        return type(layer), layer.slot.strategy, layer.slot.sliding_window, layer.slot.coded
+    numbers = ((name, x) for name, x in vars(layer).items() if isinstance(x, (int, type(None))))
+    return type(layer), *sorted(numbers)
+
+
+def _fill(
+    layer: Any, shape: tuple[int, int, int], batch: int, context: int, dtype: torch.dtype
+) -> None:
+    H, Dk, Dv = shape
+    key, value = (torch.empty(batch, H, context, D, dtype=dtype, device="meta") for D in (Dk, Dv))
+    if isinstance(layer, StaticLayer):  # all room is reserved ahead
+        layer.lazy_initialization(key, value)
+    else:
+        layer.update(key, value)
+
+
+def dtype_of(config: PreTrainedConfig, dtype: torch.dtype | str | None) -> torch.dtype:
+    """The dtype, named or not; without one the config's, else float32. SpecError for others."""
     if isinstance(dtype, str):
         if dtype not in DTYPES:
             raise SpecError(unknown("dtype", dtype, list(DTYPES)))
-        dtype = getattr(torch, dtype)
-    text = config.get_text_config(decoder=True)
-    dtype = dtype or getattr(text, "dtype", None) or torch.float32
-    cache = _cache(spec, text, context)
-    for layer, (H, Dk, Dv) in zip(cache.layers, kv_shapes(text, len(cache.layers)), strict=True):
-        if not isinstance(layer, CacheLayerMixin):  # a state, or nothing
-            continue
-        key, value = (
-            torch.empty(batch, H, context, D, dtype=dtype, device="meta") for D in (Dk, Dv)
-        )
-        if isinstance(layer, StaticLayer):  # all room is reserved ahead
-            layer.lazy_initialization(key, value)
-        else:
-            layer.update(key, value)
-    return cache.nbytes()
+        return getattr(torch, dtype)
+    return dtype or getattr(config, "dtype", None) or torch.float32
 
 
 def _cache(spec: str | Strategy, config: PreTrainedConfig, context: int) -> Cache:

@@ -26,6 +26,7 @@ from .layers.rotation import turns
 from .retention.full import Full
 from .spec import parse
 from .stats import Stats
+from .strategy import Auto
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -67,6 +68,11 @@ def build(
         MissingExtra: an optional dependency is not installed.
     """
     strategy = parse(spec, cache_config) if isinstance(spec, str) else spec
+    if isinstance(strategy, Auto):
+        raise SpecError(
+            f"{strategy}: without a call nobody knows the batch, the length and the device: build "
+            "kvplug.recommend(config, context=..., batch=...).strategy"
+        )
     strategy = strategy.resolve(config, max_cache_len=max_cache_len)
     stats, place = Stats(), strategy.placement.open()
     text = config.get_text_config(decoder=True)

@@ -16,6 +16,7 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
+import logging
 from types import SimpleNamespace
 from typing import Any
 
@@ -23,10 +24,14 @@ from transformers import GenerationConfig, GenerationMixin
 
 from . import bias, compat
 from .cache import Cache
+from .choose import choose
 from .errors import KvplugError, SpecError, UnknownHost, UnknownStage
 from .factory import build
 from .pair import Pair
 from .spec import is_ours, parse
+from .strategy import Auto, Strategy
+
+logger = logging.getLogger("kvplug")
 
 _originals: dict[tuple[type, str], Any] = {}
 
@@ -112,7 +117,8 @@ def _validate(original: Any) -> Any:
             theirs = ", ".join(compat.THEIR_NAMES)
             raise UnknownStage(f"{e} Names of transformers: {theirs}.") from None
         # transformers judges the rest, on a copy: the caller's object may be shared between threads
-        return original(_without_ours(self, strategy.layout.reserves), *args, **kwargs)
+        static = isinstance(strategy, Strategy) and strategy.layout.reserves
+        return original(_without_ours(self, static), *args, **kwargs)
 
     return validate
 
@@ -207,13 +213,25 @@ def _prepare(original: Any) -> Any:
         # of a decoder alone no model could be built, to see what it writes
         whole = self.config.is_encoder_decoder
         config = self.config if whole else self.config.get_text_config(decoder=True)
-        asked = parse(name, generation_config.cache_config)
+        asked, chosen = parse(name, generation_config.cache_config), None
+        if isinstance(asked, Auto):
+            choice = choose(
+                asked,
+                config,
+                context=reserve,
+                batch=_rows(call.arguments["batch_size"], generation_config),
+                dtype=self.dtype,
+                device=self.device,
+            )
+            asked, chosen = choice.strategy, choice.reason
+            logger.info("kvplug: auto chose %s", chosen)
         strategy = asked.resolve(
             config,
             max_cache_len=max(reserve, generation_config.max_cache_len or 0),
             open_ended=generation_config.is_assistant,
         )
         cache = build(strategy, config)
+        cache.chosen = chosen
         # what the caller has not fixed, a later call with this cache may change
         cache.may_grow = asked.layout.limit is None and not generation_config.max_cache_len
         tell(cache)
@@ -231,6 +249,11 @@ def _prepare(original: Any) -> Any:
         return result
 
     return _prepare_cache_for_generation
+
+
+def _rows(batch: int, config: GenerationConfig) -> int:
+    """Rows of the cache: those of the prompt, once for each beam or sequence returned."""
+    return batch * max(config.num_beams or 1, config.num_return_sequences or 1)
 
 
 def cache_in(model_kwargs: dict) -> Any:

@@ -5,7 +5,8 @@ arguments written as Python literals. What is left out takes the default, in ful
 `full+growing+exact+device+auto`. `@` gives another codec to single layers: `int4+int8@(0, -1)` has
 8 bits in the first and in the last, 4 in all others. Between arguments `;` does for `,`, for
 programs that cut what they are given at every comma, as lm-evaluation-harness does:
-`sinks(sinks=4;window=1020)`.
+`sinks(sinks=4;window=1020)`. The word `auto` alone, with arguments or none, is no stage: it leaves
+the choice of all stages to `choose.py`.
 """
 
 from __future__ import annotations
@@ -19,14 +20,13 @@ from typing import TYPE_CHECKING, Any
 from . import registry
 from .compat import THEIR_NAMES
 from .errors import SpecError, unknown
-from .strategy import DEFAULTS, Strategy
+from .strategy import DEFAULTS, Auto, Strategy
 
 if TYPE_CHECKING:
     from .codecs.base import Codec
     from .stage import Stage
 
 PREFIX = "kvplug:"
-RESERVED = "auto"  # as a spec of its own; the kernel of this name is part of others
 # Whole strategies under one name. The names without prefix belong to transformers in `generate`.
 PRESETS = {
     "kvplug:static": "static",
@@ -38,7 +38,7 @@ PRESETS = {
 SEMICOLON = re.compile(r"""('(?:\\.|[^'\\])*'|"(?:\\.|[^"\\])*")|;""")
 
 
-def parse(spec: str, arguments: dict[str, Any] | None = None) -> Strategy:
+def parse(spec: str, arguments: dict[str, Any] | None = None) -> Strategy | Auto:
     """Read a spec.
 
     Args:
@@ -63,11 +63,8 @@ def parse(spec: str, arguments: dict[str, Any] | None = None) -> Strategy:
     chosen: dict[str, tuple[type[Stage], dict[str, Any]]] = {}
     by_layer: list[tuple[Codec, tuple[int, ...]]] = []
     terms = _terms(body, spec)
-    if [name for name, _, _ in terms] == [RESERVED]:
-        raise SpecError(
-            f"{spec!r} alone is reserved for a choice of the whole strategy; "
-            "write 'growing' for the default one"
-        )
+    if [(name, layers) for name, _, layers in terms] == [(Auto.name, None)]:
+        return Auto.make(terms[0][1] | dict(arguments or {}))
     for name, given, layers in terms:
         cls = registry.find(name)
         if layers is not None:

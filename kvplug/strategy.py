@@ -1,15 +1,20 @@
-"""A strategy: one stage of each kind, and how it becomes concrete for a model and a layer."""
+"""A strategy: one stage of each kind, and how it becomes concrete for a model and a layer.
+
+`Auto` is one that is not chosen yet.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from . import compat, registry
 from .errors import SpecError
 from .kernels.reference import Reference
 from .layers.layout import Growing
+from .stage import Stage, option
+from .units import bytes_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -21,7 +26,6 @@ if TYPE_CHECKING:
     from .layers.layout import Layout
     from .placement.base import Placement
     from .retention.base import Retention
-    from .stage import Stage
 
 DEFAULTS = {
     "retention": "full",
@@ -30,6 +34,8 @@ DEFAULTS = {
     "placement": "device",
     "kernel": "auto",
 }
+# KL to the exact cache, nat per token, that each word allows at most
+ALLOWED = {"none": 0.0, "low": 0.003, "medium": 0.03}
 
 
 @dataclass(frozen=True)
@@ -156,3 +162,21 @@ class Strategy:
             f"{write(codec)}@{numbers[0] if len(numbers) == 1 else numbers}"
             for codec, numbers in self.by_layer
         ]
+
+
+@dataclass(frozen=True)
+class Auto(Stage):
+    """The whole strategy: the first that fits of exact, then of the codecs that `drift` allows.
+
+    Lossy strategies are never chosen without leave.
+    """
+
+    kind: ClassVar[str] = "strategy"
+    name: ClassVar[str] = "auto"
+    budget: str | None = option(None, "bytes it may hold, as '2GiB'; None: 0.8 of what is free")
+    drift: str = option("none", "what may be lost: KL up to 0, 0.003, 0.03", choices=(*ALLOWED,))
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.budget is not None:
+            bytes_of(self.budget)

@@ -49,7 +49,7 @@ KERNEL = st.sampled_from(["auto", "reference"])
 @settings(max_examples=150, deadline=None, derandomize=True, database=None)
 def test_repr_and_str_parse_back(stages, given_, order, space, prefix, by_layer):
     words = [stages[i] for i in order if given_[i]] or ["growing"]
-    if words == ["auto"]:  # reserved
+    if words == ["auto"]:  # a choice of the whole strategy
         words.append("device")
     at = [f"{codec}@{layers}" for codec, layers in by_layer]
     words[1:1] = at
@@ -180,9 +180,6 @@ ERRORS = {
     "int4+int8@(3, 3)": "int4+int8@(3, 3): layer 3 is named twice",
     "int4+int8(group=0)@0": "int8(group=0): group must be at least 1",
     # reserved
-    "auto": "'auto' alone is reserved for a choice of the whole strategy; write 'growing' for the",
-    "kvplug:auto": "'kvplug:auto' alone is reserved for a choice of the whole strategy",
-    "auto()": "'auto()' alone is reserved for a choice of the whole strategy",
     # arguments
     "int4(grup=3)": "unknown argument of 'int4': 'grup'. Did you mean 'group'? "
     "Known: block, tail, group, k_bits, v_bits.",

@@ -1,0 +1,205 @@
+"""`auto` takes what fits, loses nothing without leave, and says why."""
+
+import logging
+import re
+
+import pytest
+import torch
+import transformers
+
+import kvplug
+from kvplug import choose, memory
+from kvplug.cli import main
+from kvplug.compat import output_cache
+from kvplug.errors import SpecError
+from kvplug.strategy import ALLOWED
+from kvplug.testing import tiny_llama
+from kvplug.testing.tools import prompt
+from kvplug.units import bytes_of
+
+CPU = torch.device("cpu")
+# sizes of models that are public, without weights
+PUBLIC = {
+    "Llama-3.1-8B": transformers.LlamaConfig(
+        hidden_size=4096, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8,
+        dtype="bfloat16",
+    ),
+    "Qwen3-8B": transformers.Qwen3Config(
+        hidden_size=4096, num_hidden_layers=36, num_attention_heads=32, num_key_value_heads=8,
+        head_dim=128, dtype="bfloat16",
+    ),
+    "Mistral-7B": transformers.MistralConfig(
+        hidden_size=4096, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8,
+        sliding_window=None, dtype="bfloat16",
+    ),
+    "Gemma-3-4B": transformers.Gemma3TextConfig(
+        hidden_size=2560, num_hidden_layers=34, num_attention_heads=8, num_key_value_heads=4,
+        head_dim=256, sliding_window=1024, dtype="bfloat16",
+    ),
+    "SmolLM2-1.7B": transformers.LlamaConfig(
+        hidden_size=2048, num_hidden_layers=24, num_attention_heads=32, num_key_value_heads=32,
+        dtype="bfloat16",
+    ),
+}  # fmt: skip
+
+
+def best(choice):
+    return choice.best and choice.best.spec
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_the_first_that_fits_four_gibibytes(name):
+    """As bytes say that are counted here, without `estimate`."""
+    config, picked = PUBLIC[name], set()
+    for context in (4096, 24_576, 49_152, 98_304, 131_072, 800_000):
+        choice = kvplug.recommend(config, context=context, budget="4GiB", drift="medium")
+        fitting = [x for x in choice.options if x.held is not None and x.held <= 4 << 30]
+        assert choice.best == (fitting[0] if fitting else None)
+        picked.add(best(choice))
+        (exact,) = (x.held for x in choice.options if x.spec == "growing")
+        if "Gemma" not in name:  # whose windows hold less
+            heads, layers = config.num_key_value_heads, config.num_hidden_layers
+            assert exact == pytest.approx(
+                2 * 2 * heads * config.head_dim * layers * context, rel=0.01
+            )
+    assert {"growing", None} <= picked
+
+
+def test_nothing_is_lost_without_leave():
+    config = PUBLIC["Llama-3.1-8B"]
+    choice = kvplug.recommend(config, context=65_536, budget="4GiB")
+    assert choice.best is None
+    with pytest.raises(SpecError) as e:
+        _ = choice.strategy
+    assert re.search(
+        r"auto\(budget='4GiB'\): nothing that is allowed fits 4.0 GiB: 'growing' would hold "
+        r"8.0 GiB for 1 x 65,536 tokens; 'int\d' would hold \d.\d GiB at KL 0.0\d+, which "
+        r"drift='none' does not allow",
+        str(e.value),
+    )
+    for drift, limit in ALLOWED.items():
+        choice = kvplug.recommend(config, context=50_000, budget="4GiB", drift=drift)
+        assert choice.best is None or choice.best.kl <= limit
+        assert (choice.best is None) == (drift == "none")
+
+
+def test_what_a_lossy_one_would_have_saved_is_said():
+    reason = kvplug.recommend(tiny_llama().config, context=1000, budget="1GiB").reason
+    assert re.fullmatch(
+        r"growing: \d+\.\d KiB of 1.0 GiB for 1 x 1,000 tokens; nothing is lost; 'int\d' would "
+        r"hold \d+\.\d KiB at KL 0\.\d+, which drift='none' does not allow",
+        reason,
+    )
+
+
+def test_generate(caplog):
+    model, ids = tiny_llama(), prompt(40)
+    exact = model.generate(ids, max_new_tokens=5, do_sample=False)
+    options = {"max_new_tokens": 5, "do_sample": False, "return_dict_in_generate": True}
+    with caplog.at_level(logging.INFO, logger="kvplug"):
+        out = model.generate(ids, cache_implementation="auto", **options)
+    assert torch.equal(out.sequences, exact)
+    stats = output_cache(out).stats()
+    assert kvplug.parse(stats["strategy"]) == kvplug.parse("growing")
+    assert stats["chosen"].startswith("growing: ")
+    assert caplog.messages == [f"kvplug: auto chose {stats['chosen']}"]
+
+
+def test_what_is_predicted_is_what_is_held():
+    """For beams, and for several sequences returned, each a row of its own."""
+    model, ids = tiny_llama(max_position_embeddings=4096), prompt(3000, 2)
+    budget = kvplug.estimate("growing", model.config, context=3029, batch=4) * 9 // 10
+    for rows in ({"num_beams": 2}, {"num_return_sequences": 2, "do_sample": True}):
+        out = model.generate(
+            ids,
+            cache_implementation=f"auto(budget='{budget}', drift='medium')",
+            max_new_tokens=30,
+            return_dict_in_generate=True,
+            **rows,
+        )
+        cache = output_cache(out)
+        assert cache.strategy == kvplug.parse("int8")
+        assert "growing would not fit" in cache.stats()["chosen"]
+        predicted = re.search(r"int8: (\d+\.\d [KM]iB)", cache.stats()["chosen"])[1]
+        assert cache.nbytes() == pytest.approx(bytes_of(predicted), rel=0.03)
+
+
+def test_arguments_by_name_and_refusal_before_the_model_runs():
+    model, ran = tiny_llama(), []
+    model.register_forward_pre_hook(lambda *_: ran.append(1))
+    with pytest.raises(SpecError, match="nothing that is allowed fits 100 B"):
+        model.generate(
+            prompt(9),
+            max_new_tokens=5,
+            cache_implementation="auto",
+            cache_config={"budget": "100"},
+        )
+    assert not ran
+
+
+@pytest.mark.parametrize(
+    ("spec", "text"),
+    [
+        ("auto(budget='4 elephants')", "'4 elephants' is no size of memory"),
+        ("auto(drift='some')", "drift must be one of 'none', 'low', 'medium'"),
+        ("auto(bugdet='4GiB')", "unknown argument of 'auto': 'bugdet'. Did you mean 'budget'?"),
+    ],
+)
+def test_bad_arguments(spec, text):
+    with pytest.raises(SpecError, match=re.escape(text)):
+        kvplug.parse(spec)
+
+
+def test_auto_as_text():
+    asked = kvplug.parse("auto(budget='2GiB', drift='low')")
+    assert kvplug.parse(repr(asked)) == kvplug.parse(str(asked)) == asked
+    assert kvplug.parse("int4+auto").kernel.name == "auto"  # beside a stage, the kernel
+
+
+def test_held_by_hand_it_says_what_to_do():
+    with pytest.raises(SpecError, match=r"kvplug.recommend\(config, context=..., batch=...\)"):
+        kvplug.build("auto", tiny_llama().config)
+
+
+def test_a_gpu_has_the_memory_of_the_cpu_beside(monkeypatch):
+    """What is exact there comes after the codecs that are allowed on the device."""
+    left = {"cuda": bytes_of("2GiB"), "cpu": bytes_of("64GiB")}
+    monkeypatch.setattr(memory, "free", lambda device: left[device.type])
+    config = PUBLIC["Llama-3.1-8B"]
+    ask = {"context": 65_536, "device": "cuda"}
+    assert best(kvplug.recommend(config, **ask)) == "host"
+    assert best(kvplug.recommend(config, **ask, budget="5GiB", drift="low")) == "int8"
+    left["cpu"] = bytes_of("1GiB")
+    assert kvplug.recommend(config, **ask).best is None
+
+
+def test_free_memory_minds_the_container(tmp_path, monkeypatch):
+    assert 1 << 20 < memory.free(CPU) < 1 << 50
+    (tmp_path / "memory.max").write_text("5000000\n")
+    (tmp_path / "memory.current").write_text("3000000\n")
+    monkeypatch.setattr(memory, "CGROUP", tmp_path)
+    assert memory.free(CPU) == 2_000_000
+    (tmp_path / "memory.max").write_text("max\n")
+    assert memory.free(CPU) > 2_000_000
+    with pytest.raises(SpecError, match=r"'mps' has left: say it, as in auto\(budget='4GiB'\)"):
+        memory.free(torch.device("mps"))
+
+
+def test_only_measured_codecs_are_candidates():
+    kl = choose.front()["kl"]
+    assert set(kl) <= set(kvplug.available()["codec"])
+    assert all(0 < x <= ALLOWED["medium"] for x in kl.values())
+    assert min(kl.values()) <= ALLOWED["low"]
+
+
+def test_command(tmp_path, capsys):
+    tiny_llama().config.save_pretrained(tmp_path)
+    arguments = ["recommend", "--model", str(tmp_path), "--context", "1000"]
+    assert main([*arguments, "--memory", "1GiB"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split() == ["strategy", "holds", "KL"]
+    assert re.match(r"growing +\d+\.\d KiB  0.00000  chosen$", lines[1])
+    assert lines[2].endswith("drift='none' does not allow it")
+    assert lines[-1].startswith("growing: ")
+    assert main([*arguments, "--memory", "1kB"]) == 2
+    assert "nothing that is allowed fits" in capsys.readouterr().out
