@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("kvplug")
 
+DECODED = 65  # tokens, one of them the first of a block: by then room has grown once
 SHARE = 0.8  # of what is free: the model's activations want the rest
 
 
@@ -129,10 +130,11 @@ def choose(
     device = torch.device(device)
     budget = bytes_of(asked.budget) if asked.budget else int(memory.free(device) * SHARE)
     beside = 0 if device.type == "cpu" else int(memory.free(torch.device("cpu")) * SHARE)
+    of = {"context": context, "batch": batch, "dtype": dtype, "decoded": min(DECODED, context - 1)}
     options = []
     for spec, kl in candidates(device):
         try:
-            held = estimate(spec, config, context=context, batch=batch, dtype=dtype)
+            held = estimate(spec, config, **of)
         except (SpecError, MissingExtra) as e:
             options.append(Option(spec, kl, None, False, str(e)))
             continue

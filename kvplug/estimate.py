@@ -31,16 +31,19 @@ def estimate(
     context: int,
     batch: int = 1,
     dtype: torch.dtype | str | None = None,
+    decoded: int = 0,
 ) -> int:
-    """Bytes a cache will hold after a prompt of `context` tokens: what its `nbytes()` says then.
+    """Bytes a cache will hold after `context` tokens: what its `nbytes()` says then.
 
     Args:
         spec: a strategy, named as in `generate`; a static one reserves `context` tokens unless it
             says otherwise.
         config: of the model; no weights are needed.
-        context: tokens of the prompt.
+        context: tokens in all.
         batch: rows.
         dtype: of keys and values, or its name; default: the config's, else float32.
+        decoded: how many of the tokens come one by one, after a prompt of the others: room that
+            grows is reserved ahead then.
 
     Raises SpecError for a strategy that cannot be, a name that means a cache of transformers' own
     in `generate`, a name that no dtype has, and more tokens than bytes can be counted for.
@@ -70,7 +73,7 @@ def estimate(
             more += of_kind[kind]
             continue
         before = nbytes(layer)
-        _fill(layer, shape, batch, context, dtype)
+        _fill(layer, shape, batch, [context - decoded, *[1] * decoded], dtype)
         of_kind[kind] = nbytes(layer) - before
     return cache.nbytes() + more
 
@@ -84,13 +87,15 @@ def _kind(layer: Any) -> tuple:
 
 
 def _fill(
-    layer: Any, shape: tuple[int, int, int], batch: int, context: int, dtype: torch.dtype
+    layer: Any, shape: tuple[int, int, int], batch: int, calls: list[int], dtype: torch.dtype
 ) -> None:
+    """Give a layer as many tokens of no data as come in each of the calls."""
     H, Dk, Dv = shape
-    key, value = (torch.empty(batch, H, context, D, dtype=dtype, device="meta") for D in (Dk, Dv))
-    if isinstance(layer, StaticLayer):  # all room is reserved ahead
-        layer.lazy_initialization(key, value)
-    else:
+    for S in calls:
+        key, value = (torch.empty(batch, H, S, D, dtype=dtype, device="meta") for D in (Dk, Dv))
+        if isinstance(layer, StaticLayer):  # all room is reserved ahead
+            layer.lazy_initialization(key, value)
+            return
         layer.update(key, value)
 
 

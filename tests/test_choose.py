@@ -49,7 +49,7 @@ def best(choice):
 
 @pytest.mark.parametrize("name", PUBLIC)
 def test_the_first_that_fits_four_gibibytes(name):
-    """As bytes say that are counted here, without `estimate`."""
+    """By bytes that are counted here."""
     config, picked = PUBLIC[name], set()
     for context in (4096, 24_576, 49_152, 98_304, 131_072, 800_000):
         choice = kvplug.recommend(config, context=context, budget="4GiB", drift="medium")
@@ -59,9 +59,8 @@ def test_the_first_that_fits_four_gibibytes(name):
         (exact,) = (x.held for x in choice.options if x.spec == "growing")
         if "Gemma" not in name:  # whose windows hold less
             heads, layers = config.num_key_value_heads, config.num_hidden_layers
-            assert exact == pytest.approx(
-                2 * 2 * heads * config.head_dim * layers * context, rel=0.01
-            )
+            all_of_them = 2 * 2 * heads * config.head_dim * layers * context
+            assert exact == pytest.approx(all_of_them * 9 / 8, rel=0.02)  # room ahead
     assert {"growing", None} <= picked
 
 
@@ -73,7 +72,7 @@ def test_nothing_is_lost_without_leave():
         _ = choice.strategy
     assert re.search(
         r"auto\(budget='4GiB'\): nothing that is allowed fits 4.0 GiB: 'growing' would hold "
-        r"8.0 GiB for 1 x 65,536 tokens; 'int\d' would hold \d.\d GiB at KL 0.0\d+, which "
+        r"9.0 GiB for 1 x 65,536 tokens; 'int\d' would hold \d.\d GiB at KL 0.0\d+, which "
         r"drift='none' does not allow",
         str(e.value),
     )
@@ -108,7 +107,8 @@ def test_generate(caplog):
 def test_what_is_predicted_is_what_is_held():
     """For beams, and for several sequences returned, each a row of its own."""
     model, ids = tiny_llama(max_position_embeddings=4096), prompt(3000, 2)
-    budget = kvplug.estimate("growing", model.config, context=3029, batch=4) * 9 // 10
+    ask = {"context": 3029, "batch": 4}
+    budget = kvplug.estimate("growing", model.config, **ask) * 9 // 10
     for rows in ({"num_beams": 2}, {"num_return_sequences": 2, "do_sample": True}):
         out = model.generate(
             ids,
@@ -120,8 +120,8 @@ def test_what_is_predicted_is_what_is_held():
         cache = output_cache(out)
         assert cache.strategy == kvplug.parse("int8")
         assert "growing would not fit" in cache.stats()["chosen"]
-        predicted = re.search(r"int8: (\d+\.\d [KM]iB)", cache.stats()["chosen"])[1]
-        assert cache.nbytes() == pytest.approx(bytes_of(predicted), rel=0.03)
+        (predicted,) = (x.held for x in kvplug.recommend(model.config, **ask).options[1:2])
+        assert cache.nbytes() == pytest.approx(predicted, rel=0.03)
 
 
 def test_arguments_by_name_and_refusal_before_the_model_runs():

@@ -36,12 +36,12 @@ def folder(tmp_path, monkeypatch):
 
 
 def mapped(folder):
-    """Address ranges of this process that are files of a folder."""
+    """Address ranges of this process that are files of a folder, and share what is written."""
     maps = Path("/proc/self/maps")
     if not maps.exists():
         pytest.skip("this system does not list what a process has mapped")
     lines = [line.split() for line in maps.read_text().splitlines() if str(folder) in line]
-    return [tuple(int(end, 16) for end in line[0].split("-")) for line in lines]
+    return [tuple(int(end, 16) for end in a.split("-")) for a, mode, *_ in lines if mode[-1] == "s"]
 
 
 def descriptors():
