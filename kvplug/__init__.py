@@ -15,6 +15,7 @@ from .errors import (
     NoGradient,
     NoRoom,
     SpecError,
+    StoreError,
     UnknownHost,
     UnknownStage,
     Unseen,
@@ -32,6 +33,7 @@ from .registry import add, available
 from .retention.base import Candidates, Retention, Scored
 from .spec import Strategy, parse
 from .stage import option
+from .store import Store
 
 try:
     __version__ = version("kvplug")
@@ -61,6 +63,8 @@ __all__ = [
     "Scored",
     "Slot",
     "SpecError",
+    "Store",
+    "StoreError",
     "Strategy",
     "UnknownHost",
     "UnknownStage",

@@ -7,6 +7,7 @@ KvplugError
 ├── MissingExtra (ImportError)    a stage whose optional dependency is not installed
 ├── CacheOverflow (ValueError)    more tokens than a static cache was built for
 ├── Evicted (RuntimeError)        a rollback to tokens that are no longer kept
+├── StoreError (ValueError)       a store that cannot be: scheme, option, model it cannot name
 ├── NoRoom (OSError)              the folder of `disk` cannot take more of a cache
 ├── Mismatch (ValueError)         another model, batch or dtype than a cache was filled with
 ├── Unseen (RuntimeError)         a retention that needs queries, and attention that shows none
@@ -43,6 +44,10 @@ class CacheOverflow(KvplugError, ValueError):
 
 class Evicted(KvplugError, RuntimeError):
     """`crop` asked for tokens that retention has already dropped."""
+
+
+class StoreError(KvplugError, ValueError):
+    """A store that cannot be, or a model whose caches it cannot name: says what is accepted."""
 
 
 class NoRoom(KvplugError, OSError):

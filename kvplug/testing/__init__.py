@@ -25,6 +25,7 @@ from .kernel import KernelConformance
 from .memory import peak_bytes, walked_bytes
 from .placement import PlacementConformance
 from .retention import RetentionConformance
+from .store import StoreConformance
 from .strategy import StrategyConformance
 from .tools import tiny_llama
 
@@ -33,6 +34,7 @@ __all__ = [
     "KernelConformance",
     "PlacementConformance",
     "RetentionConformance",
+    "StoreConformance",
     "StrategyConformance",
     "check_golden",
     "peak_bytes",
