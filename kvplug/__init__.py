@@ -22,7 +22,7 @@ from .errors import (
     ViewError,
 )
 from .estimate import estimate
-from .factory import build
+from .factory import build, load
 from .hook import register, unregister
 from .kernels.base import Kernel
 from .layers.base import AttentionLayer, Slot
@@ -74,6 +74,7 @@ __all__ = [
     "available",
     "build",
     "estimate",
+    "load",
     "option",
     "parse",
     "recommend",

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 from multiprocessing.reduction import ForkingPickler
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
 
+from . import saved
 from .compat import StaticLayer
 from .errors import CacheOverflow, Mismatch, SpecError
 from .layers.base import AttentionLayer
@@ -16,6 +18,7 @@ from .layers.state import attributes, nest, part, set_attributes
 from .retention.base import Scored
 
 if TYPE_CHECKING:
+    import os
     from collections.abc import Iterator
 
     from torch import Tensor
@@ -32,10 +35,16 @@ class Cache(transformers.Cache):
     """A cache built from a strategy: all that transformers' `Cache` does, and what it holds."""
 
     def __init__(
-        self, layers: list, strategy: Strategy, stats: Stats, unpadded_only: str | None = None
+        self,
+        layers: list,
+        strategy: Strategy,
+        stats: Stats,
+        unpadded_only: str | None = None,
+        model: dict[str, Any] | None = None,
     ) -> None:
         super().__init__(layers=layers)
         self.strategy, self._stats = strategy, stats
+        self.model = model or {}  # what tells its kind from others, for `save`
         self._unpadded_only = unpadded_only  # why no batch with padding can be served
         self.chosen: str | None = None  # why `auto` took this strategy
         self.may_grow = False  # whether `generate` may: it chose the length of a static layout
@@ -82,21 +91,47 @@ class Cache(transformers.Cache):
         layers or format.
         """
         numbers = {int(name.split(".")[1]) for name in state if name.startswith("layers.")}
+        layers = max(numbers, default=-1) + 1
+        self.check_state(state.get("format"), state.get("strategy"), layers)
+        for i in range(layers):
+            self.load_layer(i, part(state, f"layers.{i}"))
+
+    def check_state(self, format: int | None, strategy: str | None, layers: int) -> None:
+        """Raise Mismatch where a state of this kind is not one of this cache."""
         mine = FORMAT, repr(self.strategy), len(self.layers)
-        theirs = state.get("format"), state.get("strategy"), max(numbers, default=-1) + 1
         for what, a, b in zip(
-            ("format", "strategy", "number of layers"), mine, theirs, strict=True
+            ("format", "strategy", "number of layers"),
+            mine,
+            (format, strategy, layers),
+            strict=True,
         ):
             if a != b:
                 raise Mismatch(
                     f"this cache has {what} {a!r} and cannot hold a state with {what} {b!r}"
                 )
-        for i, layer in enumerate(self.layers):
-            own = part(state, f"layers.{i}")
-            if isinstance(layer, AttentionLayer):
-                layer.load_state(own)
-            else:
-                set_attributes(layer, own)
+
+    def load_layer(self, layer_idx: int, state: State) -> None:
+        """Hold in one layer what stands in `state_dict` under its number, copied."""
+        layer = self.layers[layer_idx]
+        if isinstance(layer, AttentionLayer):
+            layer.load_state(state)
+        else:
+            set_attributes(layer, state)
+
+    def save(self, folder: str | os.PathLike) -> None:
+        """Write all that is held to a folder, for `kvplug.load`: safetensors and JSON.
+
+        A cache that is there already is replaced in one step. One process writes to a folder at a
+        time. Of the tokens only keys and values are held: keep the tokens themselves, and the mask
+        of a padded batch, beside it.
+
+        Raises SpecError where a layer has no state that can be written.
+        """
+        state = self.state_dict()
+        head = {name: state[name] for name in ("format", "strategy")}
+        head |= {"model": self.model, "may_grow": self.may_grow}
+        layers = [part(state, f"layers.{i}") for i in range(len(self.layers))]
+        saved.write(Path(folder), head, layers)
 
     @property
     def is_compileable(self) -> bool:

@@ -13,6 +13,7 @@ import typing
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+import torch
 import transformers
 
 if TYPE_CHECKING:
@@ -98,6 +99,23 @@ def output_cache(output: Any) -> Any:
 
 # of a config: how attention is computed
 ATTENTION = "_attn_implementation"
+
+
+def layer_devices(model: Any, layers: int) -> list[torch.device]:
+    """Where the attention of each layer of a model computes."""
+    devices = [model.device] * layers
+    for module in model.modules():
+        i = getattr(module, "layer_idx", None)
+        if isinstance(i, int) and 0 <= i < layers:
+            for part in module.modules():
+                # where accelerate keeps weights elsewhere, a hook says where they are brought to
+                brought = getattr(getattr(part, "_hf_hook", None), "execution_device", None)
+                of_weights = (x.device for x in part.parameters(recurse=False))
+                where = next(of_weights, None) if brought is None else torch.device(brought)
+                if where is not None:
+                    devices[i] = where
+                    break
+    return devices
 
 
 def is_sdpa(config: Any) -> bool:

@@ -1,12 +1,13 @@
-"""From a strategy and a model's config to a cache: which layer of ours stands where."""
+"""From a strategy and a model's config, or a folder, to a cache: which layer stands where."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import transformers
 
-from . import bias
+from . import bias, compat, saved
 from .cache import Cache
 from .compat import (
     KNOWN_LAYERS,
@@ -17,7 +18,7 @@ from .compat import (
     LinearAttentionAndSlidingWindowAttentionLayer,
     LinearAttentionLayer,
 )
-from .errors import SpecError
+from .errors import Mismatch, SpecError
 from .layers.base import AttentionLayer, Slot
 from .layers.combined import with_state
 from .layers.layout import Growing
@@ -29,9 +30,10 @@ from .stats import Stats
 from .strategy import Auto
 
 if TYPE_CHECKING:
+    import os
     from collections.abc import Sequence
 
-    from transformers import PreTrainedConfig
+    from transformers import PreTrainedConfig, PreTrainedModel
 
     from .layers.rotation import Turn
     from .strategy import Strategy
@@ -39,6 +41,16 @@ if TYPE_CHECKING:
 # transformers' layers of plain attention, with and without a linear-attention state beside it
 FULL = (DynamicLayer, LinearAttentionAndFullAttentionLayer)
 SLIDING = (DynamicSlidingWindowLayer, LinearAttentionAndSlidingWindowAttentionLayer)
+# of a config: what says which caches are of one kind
+FACTS = (
+    "model_type",
+    "vocab_size",
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+)
 
 
 def build(
@@ -119,7 +131,48 @@ def build(
                 f"{strategy}: {codec} cannot serve layer {i} of {type(config).__name__}, a "
                 f"{type(layers[i]).__name__}"
             )
-    return Cache(layers, strategy, stats, unpadded_only)
+    return Cache(layers, strategy, stats, unpadded_only, _facts(text))
+
+
+def load(folder: str | os.PathLike, model: PreTrainedModel) -> Cache:
+    """The cache that `Cache.save` has written to `folder`, for `generate` to go on with.
+
+    Pass it with all tokens so far: `model.generate(ids, cache=cache)`, before transformers 5.24
+    `past_key_values=cache`. Layers lie where those of the model compute.
+
+    Args:
+        folder: what `save` was given.
+        model: the one that filled the cache, with the same weights: these are not compared.
+
+    Raises:
+        FileNotFoundError: there is no cache in the folder.
+        Mismatch: it is of another model or format, or its files are not as they were written.
+        SpecError, MissingExtra: its strategy cannot be built here.
+    """
+    folder = Path(folder)
+    head, layers = saved.read(folder)
+    cache = build(head["strategy"], model.config.get_text_config(decoder=True))
+    for what, mine in cache.model.items():
+        if (theirs := head["model"].get(what)) != mine:
+            raise Mismatch(
+                f"the cache in {folder} is of a model whose {what} is {theirs!r}, and that of "
+                f"{type(model).__name__} is {mine!r}"
+            )
+    cache.check_state(head["format"], head["strategy"], len(layers))
+    devices = compat.layer_devices(model, len(layers))
+    for i, (layer, device) in enumerate(zip(layers, devices, strict=True)):
+        cache.load_layer(i, saved.state_of(folder, layer, device))
+    cache.may_grow = head["may_grow"]
+    return cache
+
+
+def _facts(text: PreTrainedConfig) -> dict[str, Any]:
+    """What a cache of one model has that one of another kind has not, in JSON's types."""
+    return {
+        name: x if isinstance(x, int | str | None) else str(x)
+        for name in FACTS
+        for x in [getattr(text, name, None)]
+    }
 
 
 def _check_known(theirs: list, strategy: Strategy, config: PreTrainedConfig) -> None:

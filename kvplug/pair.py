@@ -5,8 +5,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from .compat import EncoderDecoderCache
+from .errors import SpecError
 
 if TYPE_CHECKING:
+    import os
+
     from torch import Tensor
 
     from .cache import Cache
@@ -30,6 +33,13 @@ class Pair(EncoderDecoderCache):
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the decoder's newest `-tokens_to_remove` tokens."""
         self.self_attention_cache.crop(tokens_to_remove)
+
+    def save(self, folder: str | os.PathLike) -> None:
+        """Raises SpecError: what cross-attention holds is transformers' own, and not written."""
+        raise SpecError(
+            f"{self.self_attention_cache.strategy}: the cache of an encoder-decoder model cannot "
+            "be saved: its cross-attention would have to be computed anew from the encoder's output"
+        )
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Each row `repeats` times."""

@@ -7,6 +7,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Self
 
+from ..errors import SpecError
 from .batch import RowOperations
 
 if TYPE_CHECKING:
@@ -52,7 +53,10 @@ class AttentionLayer(RowOperations):
 
     def state(self) -> State:
         """All that is held, as named tensors and numbers; blocks as they are encoded."""
-        raise NotImplementedError
+        raise SpecError(
+            f"{type(self).__name__}, the layer of {self.strategy}, has no state() and no "
+            "load_state(): it can be neither copied nor saved"
+        )
 
     def load_state(self, state: State) -> None:
         """Hold what a layer built alike has held, copied, on the device of its tensors."""
