@@ -5,14 +5,36 @@ from __future__ import annotations
 import warnings
 from importlib import import_module
 from importlib.metadata import entry_points
+from typing import TYPE_CHECKING
 
 from .errors import MissingExtra, SpecError, UnknownStage, unknown
 from .stage import Stage
 
+if TYPE_CHECKING:
+    from types import ModuleType
+
 KINDS = ("retention", "layout", "codec", "placement", "kernel")
 
-# module that an optional stage imports -> extra of kvplug that installs it
-EXTRAS: dict[str, str] = {"numba": "numba", "llvmlite": "numba", "triton": "triton"}
+# module that something optional imports -> extra of kvplug that installs it
+EXTRAS: dict[str, str] = {
+    "numba": "numba",
+    "llvmlite": "numba",
+    "triton": "triton",
+    "redis": "store",
+    "fsspec": "store",
+    "prometheus_client": "store",
+    "blosc2": "store",
+}
+
+
+def load(module: str, who: str) -> ModuleType:
+    """Import `module` for `who`. Raises MissingExtra where a package lacks that an extra has."""
+    try:
+        return import_module(module)
+    except ModuleNotFoundError as e:
+        if e.name not in EXTRAS:  # a plugin's own bug: let it through
+            raise
+        raise MissingExtra(f"{who} needs {e.name!r}: pip install 'kvplug[{EXTRAS[e.name]}]'") from e
 
 
 class Registry:
@@ -55,14 +77,7 @@ class Registry:
 
     def _load(self, name: str, target: str) -> type[Stage]:
         module, _, attribute = target.partition(":")
-        try:
-            cls = getattr(import_module(module), attribute)
-        except ModuleNotFoundError as e:
-            if e.name not in EXTRAS:  # the plugin's own bug: let it through
-                raise
-            raise MissingExtra(
-                f"{self.kind} {name!r} needs {e.name!r}: pip install 'kvplug[{EXTRAS[e.name]}]'"
-            ) from e
+        cls = getattr(load(module, f"{self.kind} {name!r}"), attribute)
         if not (isinstance(cls, type) and issubclass(cls, Stage) and cls.kind == self.kind):
             raise SpecError(f"{self.kind} {name!r} is {cls!r}, not a kvplug.{self.kind.title()}")
         if cls.name != name:

@@ -16,10 +16,10 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 
-def forked(work: Callable[[], object], seconds: int = 120) -> tuple[int, str]:
-    """How a child ended that did `work`, as `subprocess` says it, and what that returned as text.
+def start(work: Callable[[], object]) -> tuple[int, int]:
+    """A child made by fork that does `work`: its number, and a pipe for what that returns, as text.
 
-    Fails where the child does not end in time, or raises: with what it raised.
+    It exits with 0, or with 1 where `work` raises: then the text is what it raised.
     """
     if not hasattr(os, "fork"):
         pytest.skip("this system does not fork")
@@ -37,6 +37,19 @@ def forked(work: Callable[[], object], seconds: int = 120) -> tuple[int, str]:
             os.write(writer, text.encode()[:60_000])  # what a pipe holds
         os._exit(code)
     os.close(writer)
+    return child, reader
+
+
+def forked(work: Callable[[], object], seconds: int = 120) -> tuple[int, str]:
+    """How a child ended that did `work`, as `subprocess` says it, and what that returned as text.
+
+    Fails where the child does not end in time, or raises: with what it raised.
+    """
+    return ended(*start(work), seconds)
+
+
+def ended(child: int, reader: int, seconds: int = 120) -> tuple[int, str]:
+    """The same of a child that `start` made."""
     try:
         in_time = select.select([reader], [], [], seconds)[0]
         text = os.read(reader, 1 << 16).decode() if in_time else ""

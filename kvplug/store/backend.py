@@ -13,17 +13,24 @@ from __future__ import annotations
 
 import inspect
 from abc import ABC, abstractmethod
-from importlib import import_module
 from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from ..errors import StoreError, unknown
+from ..registry import load
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
 
 GROUP = "kvplug.stores"
-BUILTIN = {"memory": "kvplug.store.memory:Memory", "file": "kvplug.store.files:Files"}
+BUILTIN = {
+    "memory": "kvplug.store.memory:Memory",
+    "file": "kvplug.store.files:Files",
+    "redis": "kvplug.store.redis:Redis",
+    "rediss": "kvplug.store.redis:Redis",
+    "unix": "kvplug.store.redis:Redis",
+}
+REMOTE = "kvplug.store.remote:Remote"  # for what fsspec knows
 
 
 class Full(OSError):
@@ -52,6 +59,7 @@ class Backend(ABC):
     """
 
     private: ClassVar[bool] = False  # whether records are of one object, and end with it
+    atomic: ClassVar[bool] = True  # whether who reads while others write sees whole records
     evicted: int = 0  # records that this object has dropped for others
 
     @abstractmethod
@@ -71,7 +79,7 @@ class Backend(ABC):
 
     @abstractmethod
     def put_many(self, items: Sequence[tuple[bytes, bytes]], after: Sequence[bytes] = ()) -> None:
-        """Write (key, record) pairs, over what is there; another process sees all of it or nothing.
+        """Write (key, record) pairs, over what is there.
 
         Keys are a chain, useless without those before: `after` are the ones before `items`. Where
         the back end is bounded, they count as used with these, the first as the last used, and
@@ -107,9 +115,19 @@ def make(url: str, options: dict[str, Any]) -> Backend:
 
 
 def _find(scheme: str) -> type[Backend]:
+    """Ours, one of an entry point, or what fsspec knows."""
     targets = {ep.name: ep.value for ep in entry_points(group=GROUP)} | BUILTIN
     if scheme not in targets:
-        note = f"Others register in entry-point group {GROUP!r}."
-        raise StoreError(unknown("scheme of a store", scheme, sorted(targets), note))
-    module, _, name = targets[scheme].partition(":")
-    return getattr(import_module(module), name)
+        try:
+            from fsspec import available_protocols
+        except ImportError:
+            theirs, note = [], " More with fsspec: pip install 'kvplug[store]'."
+        else:
+            theirs, note = available_protocols(), ""
+        if scheme.partition("::")[0] not in theirs:
+            note = f"Others register in entry-point group {GROUP!r}.{note}"
+            raise StoreError(
+                unknown("scheme of a store", scheme, sorted({*targets, *theirs}), note)
+            )
+    module, _, name = targets.get(scheme, REMOTE).partition(":")
+    return getattr(load(module, f"a store at {scheme}://"), name)

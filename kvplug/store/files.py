@@ -26,6 +26,7 @@ class Files(Backend):
     """Records in files of a local folder, `FOLDER/TENANT/KEY.kv`, beside `FOLDER/index.sqlite`.
 
     A record is written under a temporary name and renamed: who reads finds all of it or nothing.
+    `max_bytes` bounds what can be read; each writer has one record more under way.
     Nothing is synced: what a power cut tears fails its checksum. Files are read, not mapped: a
     failing disk is then an error and not the end of the process.
     """
@@ -45,14 +46,15 @@ class Files(Backend):
         self._index = Index(
             str(self.folder / "index.sqlite"), max_bytes, policy, ttl, self._on_disk
         )
-        self._begun = False
+        self._swept = False
 
     @property
     def evicted(self) -> int:
         return self._index.evicted
 
     def get_many(self, keys: Sequence[bytes]) -> Iterator[bytes]:
-        self._begin()
+        if not self._exists():
+            return
         for key in keys[: self._index.use(keys)]:
             try:
                 with open(self._path(key), "rb") as file:
@@ -63,8 +65,7 @@ class Files(Backend):
             yield record
 
     def has_many(self, keys: Sequence[bytes]) -> int:
-        self._begin()
-        return self._index.count(keys)
+        return self._index.count(keys) if self._exists() else 0
 
     def put_many(self, items: Sequence[tuple[bytes, bytes]], after: Sequence[bytes] = ()) -> None:
         self._begin()
@@ -73,16 +74,18 @@ class Files(Backend):
             self._write(key, record)
 
     def delete(self, keys: Iterable[bytes]) -> None:
-        self._begin()
-        self._index.forget(keys, self._drop)
+        if self._exists():
+            self._index.forget(keys, self._drop)
 
     def entries(self) -> Iterator[Entry]:
-        self._begin()
-        return iter(self._index.entries())
+        return iter(self._index.entries() if self._exists() else ())
 
     def pin(self, keys: Iterable[bytes], pinned: bool) -> None:
-        self._begin()
-        self._index.pin(keys, pinned)
+        if self._exists():
+            self._index.pin(keys, pinned)
+
+    def _exists(self) -> bool:
+        return self._temporary.is_dir()
 
     def _path(self, key: bytes) -> Path:
         return self.folder / key[:8].hex() / f"{key[8:].hex()}{SUFFIX}"
@@ -109,15 +112,15 @@ class Files(Backend):
                 os.unlink(self._path(key))
 
     def _begin(self) -> None:
-        """Make the folder, and sweep what killed writers have left."""
-        if self._begun:
-            return
+        """Make the folder; the first time, sweep what killed writers have left."""
         self._temporary.mkdir(parents=True, exist_ok=True)
+        if self._swept:
+            return
+        self._swept = True
         for left in self._temporary.iterdir():
             with suppress(FileNotFoundError):
                 if left.stat().st_mtime < time.time() - LEFT:
                     left.unlink()
-        self._begun = True
 
     def _on_disk(self) -> Iterator[tuple[bytes, int, float]]:
         """What an index that was lost or is damaged begins with."""

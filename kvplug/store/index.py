@@ -96,22 +96,23 @@ class Index:
         Args:
             sizes: bytes by key, in the order of a chain.
             after: keys of this chain before them.
-            drop: called with the keys that go, while no other writer can enter one.
+            drop: called with the keys that go, or are written anew, while no other writer can
+                enter one.
 
         Raises Full, and changes nothing, where they do not fit beside what is pinned and `after`.
         """
         now = time.time()
         with self._transaction() as db:
-            old = {key: self._row(db, "hits, pinned", key) or (0, 0) for key in sizes}
-            db.executemany("DELETE FROM records WHERE key = ?", [(key,) for key in sizes])
+            old = {key: row for key in sizes if (row := self._row(db, "hits, pinned", key))}
+            db.executemany("DELETE FROM records WHERE key = ?", [(key,) for key in old])
             gone = self._make_room(db, sum(sizes.values()), {*after, *sizes}, now)
             expires = None if self.ttl is None else now + self.ttl
             db.executemany(
                 "INSERT INTO records VALUES (?, ?, ?, ?, 0, ?, ?)",
-                [(key, size, now, expires, *old[key]) for key, size in sizes.items()],
+                [(key, size, now, expires, *old.get(key, (0, 0))) for key, size in sizes.items()],
             )
             self._touch(db, [*after, *sizes])
-            drop(gone)
+            drop([*gone, *old])
 
     def settle(self, key: bytes, size: int, publish: Callable[[], None]) -> bool:
         """`publish` a record that `reserve` has entered, unless it had to go in between."""

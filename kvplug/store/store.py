@@ -31,14 +31,16 @@ class Store:
     """Keeps chunks of caches for later calls, other processes, other machines.
 
     Args:
-        url: `memory://`, `file:///var/kv`, or the scheme of another back end.
+        url: `memory://`, `file:///var/kv`, `redis://host:6379/0` (or `rediss://`, `unix://`), what
+            fsspec knows (`s3://bucket/kv`, `gs://...`), or the scheme of a plugin.
         max_bytes: what all records together may take, a number or "4GiB"; None: no bound.
         policy: which records go first where the bound is reached: "lru" (the default), those used
             longest ago; "lfu", those used least.
         ttl: seconds that records live which this object writes; None: no end.
         salt: keys hold it. Who has another salt finds nothing of this one's: one for each tenant.
 
-    `max_bytes` and `policy` are of back ends that evict by themselves, `memory` and `file`. Raises
+    `max_bytes` and `policy` are for `memory` and `file`, `ttl` for these and Redis: elsewhere the
+    engine has options of its own. Raises
     StoreError for a URL or option that cannot be, MissingExtra where a package lacks. Nothing is
     connected or written before the first use.
     """
@@ -57,7 +59,7 @@ class Store:
         limit = None if max_bytes is None else bytes_of(max_bytes)
         keys_of.tag(salt)  # a salt that is no text is an error now
         self.salt = salt
-        self.url = re.sub(r"(?<=://)[^/@]*@", "***@", url)  # as it may be logged
+        self.url = re.sub(r"(?<=://)[^/@]*@", "***@", url.partition("?")[0])  # no passwords
         self._backend = make(url, {"max_bytes": limit, "policy": policy, "ttl": ttl})
         self._metrics = Metrics()
         self._asleep_until = 0.0

@@ -122,7 +122,9 @@ class StoreConformance:
         assert backend.has_many(mine) == 0
 
     def test_threads(self, backend: Backend) -> None:
-        """Four that write, read and delete the same keys: each reads whole records."""
+        """Four that write, read and delete the same keys: each reads whole records, or pieces
+        where the back end says so, and nothing else happens.
+        """
         mine, wrong = chain(6), []
 
         def work(number: int) -> None:
@@ -131,7 +133,8 @@ class StoreConformance:
                     word = b"%d" % (number * 12 + i)
                     backend.put_many([(key, word * 5000) for key in mine])
                     for record in map(bytes, backend.get_many(mine)):
-                        if record != record[: len(record) // 5000] * 5000:
+                        whole = record == record[: len(record) // 5000] * 5000
+                        if backend.atomic and not whole:
                             wrong.append(record[:9])
                     backend.delete(mine[number:])
             except Exception as e:
@@ -142,7 +145,7 @@ class StoreConformance:
             thread.start()
         for thread in threads:
             thread.join()
-        assert not wrong
+        assert wrong == []
 
     def test_ttl(self, url: str) -> None:
         """Records end, or the option is refused by name."""

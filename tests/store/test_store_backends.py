@@ -15,3 +15,16 @@ class TestFiles(StoreConformance):
     @pytest.fixture
     def url(self, tmp_path):
         return (tmp_path / "a folder").as_uri()
+
+
+class TestRedis(StoreConformance):
+    @pytest.fixture
+    def url(self, server):
+        return server.url
+
+
+class TestRemote(StoreConformance):
+    @pytest.fixture
+    def url(self, tmp_path):
+        pytest.importorskip("fsspec")
+        return f"local://{tmp_path}/kv"
