@@ -1,4 +1,4 @@
-"""`kvplug list`, `kvplug estimate`, `kvplug recommend`, `kvplug run` and `kvplug warmup`."""
+"""`kvplug list`, `estimate`, `recommend`, `run`, `store` and `warmup`."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import argparse
 import sys
 
 from .errors import KvplugError, SpecError
+from .store.cli import add_arguments
+from .store.cli import run as run_store
 from .strategy import ALLOWED
 from .units import text_of
 
@@ -55,6 +57,12 @@ def main(argv: list[str] | None = None) -> int:
         help="for generate calls that name no cache (default: such calls are left alone)",
     )
     launch.add_argument("words", nargs="+", metavar="COMMAND", help="what to start, in full")
+    store = commands.add_parser(
+        "store",
+        help="what a store of prefixes holds: stat, ls, verify, clear",
+        epilog="example: kvplug store stat file:///var/kv",
+    )
+    add_arguments(store)
     commands.add_parser("warmup", help="compile the CPU kernel now, once per machine")
     args = parser.parse_args(argv)
     try:
@@ -171,5 +179,6 @@ COMMANDS = {
     "estimate": _estimate,
     "recommend": _recommend,
     "run": _run,
+    "store": run_store,
     "warmup": _warmup,
 }

@@ -94,6 +94,10 @@ class Backend(ABC):
     def entries(self) -> Iterator[Entry]:
         """Every record that can be read now, in any order."""
 
+    def held(self) -> int | None:
+        """Bytes of all records; None where they would have to be counted."""
+        return None
+
 
 def make(url: str, options: dict[str, Any]) -> Backend:
     """The back end for `url`; of `options`, what is None is not passed on.

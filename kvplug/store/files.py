@@ -80,6 +80,9 @@ class Files(Backend):
     def entries(self) -> Iterator[Entry]:
         return iter(self._index.entries() if self._exists() else ())
 
+    def held(self) -> int:
+        return self._index.held() if self._exists() else 0
+
     def pin(self, keys: Iterable[bytes], pinned: bool) -> None:
         if self._exists():
             self._index.pin(keys, pinned)

@@ -152,6 +152,11 @@ class Index:
             )
             return [Entry(*row[:-1], bool(row[-1])) for row in found]
 
+    def held(self) -> int:
+        """Bytes of all records, those included that have ended and are still there."""
+        with self._transaction() as db:
+            return db.execute("SELECT bytes FROM sums").fetchone()[0]
+
     def _count(self, db: sqlite3.Connection, keys: Sequence[bytes]) -> int:
         alive, now = "AND (expires IS NULL OR expires > ?)", time.time()
         ended = (n for n, key in enumerate(keys) if self._row(db, "1", key, alive, now) is None)

@@ -55,6 +55,9 @@ class Memory(Backend):
     def entries(self) -> Iterator[Entry]:
         return iter(self._index.entries())
 
+    def held(self) -> int:
+        return self._index.held()
+
     def pin(self, keys: Iterable[bytes], pinned: bool) -> None:
         self._index.pin(keys, pinned)
 

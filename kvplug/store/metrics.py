@@ -19,6 +19,7 @@ COUNTERS = {
     "hits": "chunks loaded",
     "reused_tokens": "tokens that were loaded instead of computed",
     "saved": "chunks written",
+    "evicted": "chunks dropped for others",
     "bytes_read": "bytes of records loaded",
     "bytes_written": "bytes of records written",
     "load_seconds": "seconds the back end took to load",

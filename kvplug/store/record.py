@@ -5,8 +5,8 @@ offset  bytes
      0      8  magic, with the version of this format
      8     32  sha256 over all that follows
     40     32  key: a file under another record's name is not taken for it
-    72      8  0: the body is as it is
-    80      8  bytes of the body
+    72      8  0: the body is as it is; n: packed by blosc2, as elements of n bytes
+    80      8  bytes of the body before it was packed
     88      8  zero: what follows is aligned to 32 bytes
     96         body: safetensors
 ```
@@ -25,7 +25,11 @@ from typing import TYPE_CHECKING
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 
+from ..registry import load as load_module
+
 if TYPE_CHECKING:
+    from types import ModuleType
+
     from torch import Tensor
 
 MAGIC = b"kvplug\x00\x01"
@@ -42,10 +46,25 @@ class Bad(Exception):
         self.reason = reason
 
 
-def pack(key: bytes, tensors: dict[str, Tensor]) -> bytes:
-    """The record of `tensors` under `key` (32 bytes). Tensors may lie on any device."""
+def pack(key: bytes, tensors: dict[str, Tensor], compress: bool = False) -> bytes:
+    """The record of `tensors` under `key` (32 bytes). Tensors may lie on any device.
+
+    compress: pack the body where all tensors are floating point numbers of one type: bytes of
+        equal weight side by side, then zstd at level 1. Codes of a codec would shrink by 5 %.
+    """
     body = save({name: _alone(x) for name, x in sorted(tensors.items())})
-    rest = HEAD.pack(b"", b"", key, 0, len(body))[SIGNED:]
+    size, width = len(body), _width(tensors) if compress else 0
+    if width:
+        blosc2 = blosc2_module()
+        body = blosc2.compress2(
+            body,
+            typesize=width,
+            codec=blosc2.Codec.ZSTD,
+            clevel=1,
+            filters=[blosc2.Filter.SHUFFLE],
+            nthreads=1,
+        )
+    rest = HEAD.pack(b"", b"", key, width, size)[SIGNED:]
     checksum = hashlib.sha256(rest)
     checksum.update(body)
     return b"".join((MAGIC, checksum.digest(), rest, body))
@@ -54,11 +73,12 @@ def pack(key: bytes, tensors: dict[str, Tensor]) -> bytes:
 def unpack(key: bytes, record: bytes) -> dict[str, Tensor]:
     """The tensors that `pack` was given, on the CPU, by name.
 
-    Raises Bad: another format, key or size than expected, or a bit that has changed.
+    Raises Bad: another format, key or size than expected, or a bit that has changed; MissingExtra
+    for a packed record where blosc2 lacks.
     """
     if len(record) < HEAD.size:
         raise Bad("truncated")
-    magic, checksum, inside, packed, size = HEAD.unpack_from(record)
+    magic, checksum, inside, width, size = HEAD.unpack_from(record)
     if magic != MAGIC:
         raise Bad("version")
     if inside != key:
@@ -66,12 +86,37 @@ def unpack(key: bytes, record: bytes) -> dict[str, Tensor]:
     if not hmac.compare_digest(checksum, hashlib.sha256(memoryview(record)[SIGNED:]).digest()):
         raise Bad("checksum")
     body = record[HEAD.size :]
-    if packed or len(body) != size:
+    if width:
+        body = _unpacked(body, size)
+    if len(body) != size:
         raise Bad("size")
     try:
         return dict(sorted(load(body).items()))  # safetensors returns names in any order
     except (SafetensorError, KeyError, ValueError, RuntimeError) as e:
         raise Bad("body") from e  # only a forger's: the checksum holds
+
+
+def blosc2_module() -> ModuleType:
+    """The package blosc2. Raises MissingExtra."""
+    return load_module("blosc2", "a store with compress=True, or what it has written,")
+
+
+def _unpacked(body: bytes, size: int) -> bytes:
+    """Raises Bad where it is no body of `size` bytes, before memory is taken."""
+    blosc2 = blosc2_module()
+    try:
+        if size > LARGEST or blosc2.get_cbuffer_sizes(body)[0] != size:
+            raise Bad("size")
+        return blosc2.decompress2(body, nthreads=1)
+    except (RuntimeError, ValueError) as e:
+        raise Bad("body") from e
+
+
+def _width(tensors: dict[str, Tensor]) -> int:
+    """Bytes of the one floating type of all tensors; 0 where there are others."""
+    dtypes = {x.dtype for x in tensors.values()}
+    only = dtypes.pop() if len(dtypes) == 1 else None
+    return only.itemsize if only is not None and only.is_floating_point else 0
 
 
 def _alone(x: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import threading
 import time
+from collections import Counter
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
@@ -38,6 +39,8 @@ class Store:
             longest ago; "lfu", those used least.
         ttl: seconds that records live which this object writes; None: no end.
         salt: keys hold it. Who has another salt finds nothing of this one's: one for each tenant.
+        compress: pack what `exact` stores by blosc2, 1.2 (float32) to 1.4 times smaller, at half a
+            GB a second to write and two to read. What other codecs store is left as it is.
 
     `max_bytes` and `policy` are for `memory` and `file`, `ttl` for these and Redis: elsewhere the
     engine has options of its own. Raises
@@ -53,12 +56,15 @@ class Store:
         policy: str | None = None,
         ttl: float | None = None,
         salt: str = "",
+        compress: bool = False,
     ) -> None:
         if ttl is not None and not ttl > 0:
             raise StoreError(f"ttl={ttl!r}: seconds, more than 0, or None")
         limit = None if max_bytes is None else bytes_of(max_bytes)
         keys_of.tag(salt)  # a salt that is no text is an error now
-        self.salt = salt
+        if compress:
+            record.blosc2_module()
+        self.salt, self._compress = salt, compress
         self.url = re.sub(r"(?<=://)[^/@]*@", "***@", url.partition("?")[0])  # no passwords
         self._backend = make(url, {"max_bytes": limit, "policy": policy, "ttl": ttl})
         self._metrics = Metrics()
@@ -107,14 +113,31 @@ class Store:
 
     def clear(self, salt: str | None = None) -> int:
         """Forget all records, or those of one salt; how many. Raises what the back end raises."""
-        mine = None if salt is None else keys_of.tag(salt)
-        keys = [e.key for e in self.entries() if mine is None or e.key.startswith(mine)]
+        keys = [e.key for e in self.entries(salt)]
         self._backend.delete(keys)
         return len(keys)
 
-    def entries(self) -> Iterator[Entry]:
-        """What is known of each record. Raises what the back end raises."""
-        return self._backend.entries()
+    def entries(self, salt: str | None = None) -> Iterator[Entry]:
+        """What is known of each record, or of each of one salt. Raises as the back end does."""
+        mine = b"" if salt is None else keys_of.tag(salt)
+        return (e for e in self._backend.entries() if e.key.startswith(mine))
+
+    def verify(self, salt: str | None = None) -> Counter[str]:
+        """Read all records, or those of one salt, and forget what is bad; how many of what kind.
+
+        "good", or why not: "checksum", "truncated", ... It counts as their use. Raises what the
+        back end raises.
+        """
+        found: Counter[str] = Counter()
+        for e in list(self.entries(salt)):
+            for data in self._backend.get_many([e.key]):
+                try:
+                    record.unpack(e.key, data)
+                    found["good"] += 1
+                except record.Bad as bad:
+                    found[bad.reason] += 1
+                    self._backend.delete([e.key])
+        return found
 
     def pin(self, keys: Iterable[bytes], pinned: bool = True) -> None:
         """Keep records from being evicted, or let them go again; `ttl` ends them all the same.
@@ -130,8 +153,15 @@ class Store:
         self._metrics.count(name, n, reason)
 
     def stats(self) -> dict:
-        """What this object did so far, in plain types; `kvplug.store.metrics` says what is what."""
-        return {"url": self.url, "evicted": self._backend.evicted} | self._metrics.as_dict()
+        """What this object did so far, in plain types: `kvplug.store.metrics` says what is what.
+
+        `held_bytes` are those of all records, None where the back end would have to count.
+        """
+        held = None
+        with suppress(Exception):
+            held = self._backend.held()
+        more = {"url": self.url, "held_bytes": held, "evicted": self._backend.evicted}
+        return self._metrics.as_dict() | more
 
     def __deepcopy__(self, memo: dict) -> Store:
         return self  # generation configs are copied, with the store they name
@@ -177,7 +207,7 @@ class Store:
             return "paused", 0
         for done, key in enumerate(keys):
             try:
-                data = record.pack(key, next(chunks))
+                data = record.pack(key, next(chunks), self._compress)
             except Exception as e:  # the caller's, or a tensor that has no plain bytes
                 reason = type(e).__name__
                 self._metrics.say("pack", reason, f"a chunk cannot be saved: {reason}: {e}")
