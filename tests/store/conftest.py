@@ -11,12 +11,12 @@ SERVER = shutil.which("valkey-server") or shutil.which("redis-server")
 
 class Server:
     def __init__(self, folder, binary):
+        redis = pytest.importorskip("redis")
         self.url = f"unix://{folder}/s"
         self.process = subprocess.Popen(
             [binary, "--port", "0", "--unixsocket", f"{folder}/s", "--save", "", "--dir", folder],
             stdout=subprocess.DEVNULL,
         )
-        redis = pytest.importorskip("redis")
         self.client = redis.Redis.from_url(self.url)
         for _ in range(100):
             try:
