@@ -76,7 +76,7 @@ class Combined:
 
     def __reduce__(self) -> tuple:
         """Other processes make the class anew."""
-        return _blank, (self.attention,), vars(self)
+        return _blank, (self.attention,), self.__getstate__()
 
 
 @cache

@@ -64,12 +64,13 @@ def test_greedy_tokens_equal_dynamic_alone(real, prompts, exact, row, spec):
     assert torch.equal(sequences, exact[1][row])
 
 
-@pytest.mark.parametrize("decoding", DECODING)
-def test_other_decoding_equals_dynamic(real, prompts, decoding):
+@pytest.mark.parametrize(("turn", "decoding"), enumerate(DECODING))
+def test_other_decoding_equals_dynamic(real, prompts, turn, decoding):
+    """Each with two of the strategies in turn; tiny models meet them all, in test_strategies."""
     options = DECODING[decoding]
     inputs = single(prompts, 0)
     reference, _ = generate(real, inputs, **options)
-    for spec in LOSSLESS:
+    for spec in LOSSLESS[turn % 2 :: 2]:
         sequences, cache = generate(real, inputs, cache_implementation=spec, **options)
         assert torch.equal(sequences, reference), spec
         assert cache.stats()["materialised"] == {}, spec
