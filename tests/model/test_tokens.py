@@ -64,7 +64,7 @@ def test_greedy_tokens_equal_dynamic_alone(real, prompts, exact, row, spec):
     assert torch.equal(sequences, exact[1][row])
 
 
-@pytest.mark.parametrize(("turn", "decoding"), enumerate(DECODING))
+@pytest.mark.parametrize(("turn", "decoding"), list(enumerate(DECODING)))
 def test_other_decoding_equals_dynamic(real, prompts, turn, decoding):
     """Each with two of the strategies in turn; tiny models meet them all, in test_strategies."""
     options = DECODING[decoding]
