@@ -145,8 +145,9 @@ class Cache(transformers.Cache):
     def set_padding(self, attention_mask: Tensor | None) -> None:
         """Tell which tokens are left padding: attention_mask [B, T], 0 for padding.
 
-        `generate` does this. In a loop of your own, do it before the first forward pass where
-        retention keeps first tokens or picks some; others do not need it.
+        T columns are the prompt, as `expect` wants to know. `generate` does this. In a loop of your
+        own, do it before the first forward pass where retention keeps first tokens or picks some;
+        others do not need it.
 
         Raises SpecError where the model cannot have padding with this strategy.
         """
@@ -162,6 +163,22 @@ class Cache(transformers.Cache):
         padding = (attention_mask.long().cumsum(-1) == 0).sum(-1)  # [B]
         for layer in self._ours():
             layer.set_padding(padding)
+        self.expect(attention_mask.shape[1])
+
+    def expect(self, tokens: int) -> None:
+        """Tell how many tokens there are when the prompt has come, those seen before included.
+
+        Retention that keeps what the prompt's end asks for waits until then, in whatever chunks
+        the prompt comes. `generate` does this; who feeds chunks in a loop of their own, and does
+        not, has it choose after each. Where it has chosen for an earlier prompt, a warning says
+        that what this one asks for may be gone, and `stats()` counts it (`other_questions`).
+        """
+        retention, chosen = self.strategy.retention, any(x.evictions for x in self._ours())
+        more = tokens - int(self.get_seq_length())  # the last token of an answer has not been seen
+        if chosen and retention.for_question and more > 1:
+            self._stats.ask_again(retention)
+        for layer in self._ours():
+            layer.expect(tokens)
 
     def ensure_room(self, tokens: int) -> None:
         """See to it that a call that may reach `tokens` in all finds room.

@@ -97,6 +97,9 @@ def output_cache(output: Any) -> Any:
     return getattr(output, CACHE_ARGUMENT)
 
 
+# where `generate` keeps the length of a mask that hides nothing, and which it leaves out (5.24)
+MASK_LENGTH = "_mask_length"
+
 # of a config: how attention is computed
 ATTENTION = "_attn_implementation"
 
@@ -118,14 +121,19 @@ def layer_devices(model: Any, layers: int) -> list[torch.device]:
     return devices
 
 
+def attention(config: Any) -> str | None:
+    """How attention of this config is computed; None: not settled yet."""
+    return getattr(config, ATTENTION, None)
+
+
 def is_sdpa(config: Any) -> bool:
     """Whether attention of this config is torch's `scaled_dot_product_attention`."""
-    return getattr(config, ATTENTION, None) == "sdpa"
+    return attention(config) == "sdpa"
 
 
 def reads_dense_only(config: Any) -> bool:
     """Whether attention of this config compiles itself: views cannot be read inside of that."""
-    return getattr(config, ATTENTION, None) == "flex_attention"
+    return attention(config) == "flex_attention"
 
 
 # what is wrapped, and the parameters and fields that are read

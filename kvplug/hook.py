@@ -178,6 +178,8 @@ def _prepare(original: Any) -> Any:
             decoder = "decoder_" if self.config.is_encoder_decoder else ""
             mask = model_kwargs.get(f"{decoder}attention_mask")
             cache.set_padding(mask)
+            if mask is None and (length := getattr(generation_config, compat.MASK_LENGTH, None)):
+                cache.expect(length)
             refused = bias.refusal_of_attentions(self.config, cache)
             if refused and generation_config.output_attentions:
                 raise SpecError(refused)

@@ -115,6 +115,13 @@ REGISTRIES: dict[str, Registry] = {
             "full": "kvplug.retention.full:Full",
             "window": "kvplug.retention.window:Window",
             "sinks": "kvplug.retention.sinks:Sinks",
+            "snapkv": "kvplug.retention.snapkv:SnapKV",
+            "expected": "kvplug.retention.expected:Expected",
+            "keydiff": "kvplug.retention.keydiff:KeyDiff",
+            "h2o": "kvplug.retention.h2o:H2O",
+            "tova": "kvplug.retention.tova:Tova",
+            "lagkv": "kvplug.retention.lagkv:LagKV",
+            "pyramid": "kvplug.retention.pyramid:Pyramid",
         },
     ),
     "layout": Registry(

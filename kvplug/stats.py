@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .retention.base import Retention
 
 logger = logging.getLogger("kvplug")
 
@@ -15,6 +19,7 @@ class Stats:
         self.kernels: Counter[str] = Counter()
         self.materialised: Counter[str] = Counter()
         self.blocks_encoded = 0
+        self.other_questions = 0  # prompts given to what had been chosen for an earlier one
 
     def materialise(self, reason: str) -> None:
         """Count one dense copy of a layer's keys or values; say so once per reason."""
@@ -26,10 +31,21 @@ class Stats:
             )
         self.materialised[reason] += 1
 
+    def ask_again(self, retention: Retention) -> None:
+        """Count a prompt for which retention did not choose what is held; say so once."""
+        if not self.other_questions:
+            logger.warning(
+                "kvplug: %s has kept what an earlier prompt asked for, and this cache is given "
+                "another: what that asks for may be gone; a new cache sees the whole text again",
+                retention,
+            )
+        self.other_questions += 1
+
     def as_dict(self) -> dict:
         """A copy in plain types, for JSON."""
         return {
             "kernels": dict(self.kernels),
             "materialised": dict(self.materialised),
             "blocks_encoded": self.blocks_encoded,
+            "other_questions": self.other_questions,
         }

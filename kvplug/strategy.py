@@ -114,6 +114,13 @@ class Strategy:
         """
         layout = Growing() if open_ended else self.layout.resolve(max_cache_len)
         strategy = self.replace(layout=layout)
+        attention = compat.attention(config)
+        if self.retention.queries and attention not in (None, "sdpa"):
+            raise SpecError(
+                f"{self}: attn_implementation={attention!r} shows a cache no queries, by which "
+                f"{self.retention.name!r} chooses; load the model with 'sdpa', or take a method "
+                "that looks at none, such as 'keydiff'"
+            )
         if not compat.reads_dense_only(config):
             return strategy
         if self.is_coded or not self.placement.on_device:
@@ -128,9 +135,11 @@ class Strategy:
 
         Raises SpecError where the model has no layer of a number named, or one is named twice.
         """
-        if not self.by_layer:
+        codec = self.named(layers).get(layer_idx, self.codec)
+        retention = self.retention.at(layer_idx, layers)
+        if not self.by_layer and retention is self.retention:
             return self
-        return self.replace(codec=self.named(layers).get(layer_idx, self.codec), by_layer=())
+        return self.replace(retention=retention, codec=codec, by_layer=())
 
     def named(self, layers: int) -> dict[int, Codec]:
         """The codecs of single layers of a model that has so many; errors as in `at`."""

@@ -6,12 +6,13 @@ import pytest
 
 import kvplug
 from kvplug.layers.growing import Layer
+from kvplug.layers.scored import ScoredLayer
 from kvplug.layers.static import StaticLayer
 from kvplug.layers.static_coded import StaticCodedLayer
 from kvplug.testing import StrategyConformance
 from kvplug.testing.oracle import Machine, kept_whole, one_layer
 from kvplug.testing.reuse import OPERATIONS
-from kvplug.testing.specs import BUILTIN, cover, strategies
+from kvplug.testing.specs import PAIRED, SMALL, composes, cover, strategies
 from kvplug.testing.strategy import ASSISTED, CHUNKS, HEADS, MODES
 from kvplug.testing.tools import DTYPES
 
@@ -63,13 +64,19 @@ def met(rows):
 
 
 def test_each_two_stages_are_tested_together():
-    both = met(
+    pairs = [
         [(kind, name), (other, x)]
-        for kind, other in combinations([k for k in BUILTIN if k != "kernel"], 2)
-        for name in BUILTIN[kind]
-        for x in BUILTIN[other]
-    )
-    assert both <= met(map(stages, STRATEGIES))
+        for kind, other in combinations([k for k in PAIRED if k != "kernel"], 2)
+        for name in PAIRED[kind]
+        for x in PAIRED[other]
+    ]
+    apart = [pair for pair in pairs if not composes(row(pair))]
+    assert [dict(pair) for pair in apart] == [{"retention": "snapkv", "layout": "static"}]
+    assert met(pair for pair in pairs if pair not in apart) <= met(map(stages, STRATEGIES))
+
+
+def row(pair):
+    return {kind: SMALL[name] if kind == "retention" else name for kind, name in pair}
 
 
 @pytest.mark.parametrize(
@@ -82,9 +89,9 @@ def test_each_stage_meets_each_way_to_use_it_with_loss_and_without(rows):
     for i, column in enumerate(ways):
         for way in column:
             for kind in ("retention", "layout", "codec", "placement"):
-                assert {frozenset(((kind, x), (i, way))) for x in BUILTIN[kind]} <= found
+                assert {frozenset(((kind, x), (i, way))) for x in PAIRED[kind]} <= found
             whole = [s for s, *given in rows if given[i] == way and lossless(s)]
-            assert {dict(stages(s))["retention"] for s in whole} == set(BUILTIN["retention"])
+            assert {dict(stages(s))["retention"] for s in whole} == set(PAIRED["retention"])
     for (i, a), (j, b) in combinations(enumerate(ways), 2):
         for x in a:
             for y in b:
@@ -98,7 +105,7 @@ def lossless(spec):
 
 def test_each_kind_of_layer_is_tested():
     layers = {type(one_layer(kvplug.parse(spec))) for spec in STRATEGIES}
-    assert layers == {Layer, StaticLayer, StaticCodedLayer}
+    assert layers == {Layer, ScoredLayer, StaticLayer, StaticCodedLayer}
 
 
 @pytest.mark.parametrize("spec", ["sinks(sinks=3, window=20)+int4(block=8, tail=8)"])

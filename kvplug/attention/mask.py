@@ -37,6 +37,7 @@ def fit(mask: Tensor | None, is_causal: bool, stored: Stored, heads: int) -> Ten
     old = stored.visible.repeat_interleave(heads // stored.visible.shape[1], dim=1)[:, :, None]
     if mask is None:
         return pad(old, (0, new), value=True)
+    mask = mask[(None,) * (4 - mask.dim())]
     S = mask.shape[2]
     old = old.expand(-1, -1, S, -1)
     if mask.dtype != torch.bool:

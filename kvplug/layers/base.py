@@ -47,6 +47,7 @@ class AttentionLayer(RowOperations):
     is_croppable = True
     cuts_blocks = False  # whether tokens are encoded at all
     sinks: SinkTokens | None = None
+    evictions = 0  # how often a method has chosen anew among the tokens held
 
     slot: Slot
     strategy: Strategy
@@ -87,6 +88,9 @@ class AttentionLayer(RowOperations):
 
     def set_padding(self, padding: Tensor) -> None:
         """Leading padding tokens of each row, [B] int, told before the first token."""
+
+    def expect(self, tokens: int) -> None:
+        """The prompt ends after `tokens` columns: what is kept for its end waits until then."""
 
     def prefetch(self) -> None:
         """Start bringing blocks to the device, where the placement can do so without waiting."""

@@ -31,9 +31,9 @@ class ScoredLayer(Layer):
     mask to each layer. A method that asks has its turn when attention has read them, and nothing is
     dropped or encoded before; one that asks for none has it in `update`.
 
-    Padding goes first, so that transformers' mask for a suffix hides what is left of it. Blocks go
-    as wholes, and where rows are padded and blocks were cut, that is no longer so: then the layer
-    says itself which of its tokens are visible.
+    Padding goes first, so that transformers' mask for a suffix hides what is left of it. Where rows
+    are cut at different times, or padding lies in blocks, which go as wholes, that is not so: then
+    the layer says itself which of its tokens are visible.
     """
 
     def __init__(self, slot: Slot) -> None:
@@ -45,13 +45,16 @@ class ScoredLayer(Layer):
         self._since_eviction = 0  # tokens that retention has not judged yet
         self._unseen = 0  # new tokens whose queries attention has not shown yet
         self._scale: float | None = None
+        self._prompt = 0  # column at which the prompt ends, as far as known
+        self._own_mask = False  # whether transformers' mask is not right for what is held
+        self.evictions = 0
+        self.memory: dict[str, Tensor] = {}  # [B, H, n, ...] of the method, for the oldest n tokens
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """As `Layer` does; and room for positions and queries."""
         super().lazy_initialization(key_states, value_states)
         self.positions = Buffer(OnDevice(), self.device, 16)  # [B, H, T], of blocks and tail
         self.queries = Buffer(OnDevice(), self.device, 16)  # [B, Q, n, Dk], and their log-sum-exp
-        self._padded = bool(self.padding.any())
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
@@ -64,6 +67,9 @@ class ScoredLayer(Layer):
         """As `Layer.get_mask_sizes`, and Unseen as in `update`."""
         self._check_seen()
         return super().get_mask_sizes(query_length)
+
+    def expect(self, tokens: int) -> None:
+        self._prompt = tokens
 
     def _check_seen(self) -> None:
         if self._unseen:
@@ -114,35 +120,76 @@ class ScoredLayer(Layer):
 
     def _visible_columns(self) -> Tensor | None:
         """Which tokens held are no padding, [B, H, T]; None where the mask says it."""
-        if not self._padded or not len(self.blocks):
+        if not self._own_mask:
             return None
         return self.positions.read()["p"] >= self.padding[:, None, None]
+
+    def _check_mask(self) -> None:
+        """See whether transformers' mask, which hides the columns of padding, is right."""
+        positions, padding = self.positions.read()["p"], self.padding[:, None, None]
+        columns = torch.arange(self._first_stored(), self.seen, device=self.device)
+        self._own_mask = bool(((columns < padding) != (positions < padding)).any())
 
     # --- choosing
 
     def _settle(self) -> None:
-        self.queries.drop_first(max(0, len(self.queries) - self.retention.queries))
+        wanted = self.retention.queries
+        self._keep_queries(wanted)
+        if self.retention.for_question and self.seen < self._prompt:
+            return  # the question has not come
         super()._settle()
+        # of the queries that came, so many are among the newest at the next choice
+        held = self.seen - self._first_stored()
+        self._keep_queries(wanted - (self.retention.budget + self.retention.every - held))
+
+    def _keep_queries(self, n: int) -> None:
+        self.queries.drop_first(max(0, len(self.queries) - max(0, n)))
 
     def _evict(self) -> None:
         block, blocks = self.strategy.codec.block, len(self.blocks)
         if blocks * block + len(self.tail) < self.retention.budget + self.retention.every:
             return
+        with torch.no_grad():
+            tokens = self._candidates()
+            known = dict(tokens.state)
+            kept = self.retention.keep(tokens, blocks if self.cuts_blocks else None, block)
+        if kept.blocks.shape[-1] < blocks:
+            self.blocks.map(lambda x: _pick(x, kept.blocks))
+        self.tail.map(lambda x: _pick(x, kept.tokens))
+        offsets = torch.arange(block, device=kept.tokens.device)
+        of_blocks = (kept.blocks[..., None] * block + offsets).flatten(2)
+        columns = torch.cat((of_blocks, kept.tokens + blocks * block), dim=-1)
+        self.positions.map(lambda x: _pick(x, columns))
+        with lasting():
+            for name, x in tokens.state.items():  # what has not been cut has not been judged
+                before = known[name] if name in known else torch.zeros_like(x)
+                cut = kept.cut.view(*kept.cut.shape, *[1] * (x.dim() - 2))
+                self.memory[name] = _pick(torch.where(cut, x, before), columns)
+            hidden = self.positions.read(of_blocks.shape[-1])["p"]
+            hidden.masked_fill_(kept.hidden, -1)
+        self._check_mask()
+        self._since_eviction = 0
+        self.evictions += 1
+
+    def _candidates(self) -> Candidates:
         keys, values = (self._read(self._first_stored(), self.seen, side) for side in (0, 1))
         seen = self.queries.read() if len(self.queries) else {}
         positions = self.positions.read()["p"]
-        tokens = Candidates(
-            keys, values, positions, self.padding, seen.get("q"), seen.get("lse"), self._scale
+        T = positions.shape[-1]
+        state = {
+            name: torch.cat((x, x.new_zeros(*x.shape[:2], T - x.shape[2], *x.shape[3:])), dim=2)
+            for name, x in self.memory.items()
+        }
+        return Candidates(
+            keys,
+            values,
+            positions,
+            self.padding,
+            seen.get("q"),
+            seen.get("lse"),
+            self._scale,
+            state,
         )
-        kept_blocks, kept = self.retention.keep(tokens, blocks, block)
-        if kept_blocks.shape[-1] < blocks:
-            self.blocks.map(lambda x: _pick(x, kept_blocks))
-        self.tail.map(lambda x: _pick(x, kept))
-        offsets = torch.arange(block, device=kept.device)
-        of_blocks = (kept_blocks[..., None] * block + offsets).flatten(2)
-        columns = torch.cat((of_blocks, kept + blocks * block), dim=-1)
-        self.positions.map(lambda x: _pick(x, columns))
-        self._since_eviction = 0
 
     # --- taking back, and changes of the batch
 
@@ -165,24 +212,29 @@ class ScoredLayer(Layer):
 
     def state(self) -> State:
         state = super().state() | {"since_eviction": self._since_eviction, "unseen": self._unseen}
+        state |= {"evictions": self.evictions, "prompt": self._prompt}
         if not self.is_initialized:
             return state
-        queries = nest("queries", self.queries.read()) | {"scale": self._scale}
-        return state | nest("positions", self.positions.read()) | queries
+        state |= nest("queries", self.queries.read()) | {"scale": self._scale}
+        return state | nest("positions", self.positions.read()) | nest("memory", self.memory)
 
     def load_state(self, state: State) -> None:
         super().load_state(state)
         self._since_eviction, self._unseen = state["since_eviction"], state["unseen"]
+        self.evictions, self._prompt = state["evictions"], state["prompt"]
         if self.is_initialized:
             self.positions.load(rows(state, "positions"))
             self.queries.load(rows(state, "queries"))
             self._scale = state["scale"]
+            self.memory = {name: x.clone() for name, x in rows(state, "memory").items()}
+            self._check_mask()
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> None:
         super()._map(change)
         if self.is_initialized:
             self.positions.map(change)
             self.queries.map(change)
+            self.memory = {name: change(x) for name, x in self.memory.items()}
 
 
 def _pick(x: Tensor, rows: Tensor) -> Tensor:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 import torch
 
+from ..errors import SpecError
 from ..stage import Stage
 
 if TYPE_CHECKING:
@@ -46,6 +47,10 @@ class Retention(Stage):
         """How many of the newest queries it wants to see once attention has run; 0: none."""
         return 0
 
+    def at(self, layer_idx: int, layers: int) -> Retention:
+        """What holds in one of so many layers of a model."""
+        return self
+
 
 @dataclass(frozen=True)
 class Candidates:
@@ -57,13 +62,18 @@ class Candidates:
     keys: [B, H, T, Dk] in order of position, rotated where the model rotates; those that are
         encoded come decoded
     values: [B, H, T, Dv]
-    positions: [B, H, T] int, the column at which each token came, padding counted
-    padding: [B] int, leading padding columns of each row: tokens before them are padding
+    positions: [B, H, T] int, the column at which each token came, padding counted; -1 where a row
+        has fewer than T
+    padding: [B] int, leading padding columns of each row: what has a position before them is no
+        token
     queries: [B, Q, n, Dk], the newest ones, as many as the method asks for or as there were; head h
         of the H is read by queries h*Q/H and on. None where it asks for none
     log_sum_exp: [B, Q, n] float32, of the scaled scores of these queries over all they could see;
         None where it does not ask
     scale: of the scores
+    state: what `score` has left here at the last choice, by name, [B, H, T, ...] each, and zeros
+        for tokens that came since. What it leaves follows the tokens that stay, and every change
+        of the batch
     """
 
     keys: Tensor
@@ -73,6 +83,42 @@ class Candidates:
     queries: Tensor | None = None
     log_sum_exp: Tensor | None = None
     scale: float | None = None
+    state: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def real(self) -> Tensor:
+        """Which of them are tokens, and no padding, [B, H, T] bool."""
+        return self.positions >= self.padding[:, None, None]
+
+    def attention(self) -> Tensor:
+        """What each of the queries gives to each token, [B, H, G, n, T] float32, G = Q / H.
+
+        A query sees the tokens up to its own, and gives 1 in all to those that are still held.
+        """
+        B, H, T, D = self.keys.shape
+        n = self.queries.shape[2]
+        queries = self.queries.float().reshape(B, H, -1, D)  # [B, H, G * n, D]
+        scores = (queries * self.scale) @ self.keys.float().mT
+        age = torch.arange(n - 1, -1, -1, device=self.keys.device)[:, None]
+        seen = self.positions[:, :, None] <= self.positions[:, :, -1:, None] - age  # [B, H, n, T]
+        hidden = ~(seen & self.real[:, :, None])[:, :, None]
+        # queries of padding see nothing
+        return scores.view(B, H, -1, n, T).masked_fill(hidden, -torch.inf).softmax(-1).nan_to_num()
+
+
+class Kept(NamedTuple):
+    """What stays, in order of position.
+
+    blocks: indices [B, H, n] of blocks
+    tokens: indices [B, H, m] of tokens behind the blocks, counted from the first of these
+    hidden: [B, H, m] bool, which of `tokens` only fill up a row that keeps fewer: its first
+    cut: [B, H] bool, which rows and heads it was time for; others keep all that they have
+    """
+
+    blocks: Tensor
+    tokens: Tensor
+    hidden: Tensor
+    cut: Tensor
 
 
 @dataclass(frozen=True)
@@ -80,46 +126,87 @@ class Scored(Retention):
     """Keep the `budget` tokens that score highest, chosen anew whenever `every` more have come.
 
     Subclasses are dataclasses with these two options and `score`; see `examples/plugin` for two in
-    a few lines. Tokens are chosen before they are encoded; of what is encoded already, whole blocks
-    go, those whose tokens score lowest on average, so that a block's bytes never change.
+    a few lines. The first `sinks` tokens of a row and its `recent` newest stay whatever their
+    score. Tokens are chosen before they are encoded; of what is encoded already, whole blocks go,
+    those whose tokens score lowest on average, so that a block's bytes never change.
     """
 
     budget: int
     every: int
     log_sum_exp: ClassVar[bool] = False  # whether `score` wants it, for the queries it asks for
+    # Whether it keeps what the end of the prompt asks for. Then nothing goes before that has come,
+    # and a cache that is given another prompt says so: what that asks for may be gone.
+    for_question: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.budget <= self.sinks + self.recent:
+            raise SpecError(
+                f"{self}: budget={self.budget} leaves nothing to choose: the first {self.sinks} "
+                f"and the newest {self.recent} tokens always stay; give more than their sum"
+            )
 
     @property
     def drops(self) -> bool:
         return True
 
+    @property
+    def sinks(self) -> int:
+        """First real tokens of every row that stay."""
+        return 0
+
+    @property
+    def recent(self) -> int:
+        """Newest tokens that stay."""
+        return 0
+
     def score(self, tokens: Candidates) -> Tensor:
         """How much each token is worth keeping, [B, H, T]: higher is kept."""
         raise NotImplementedError
 
-    def keep(self, tokens: Candidates, blocks: int = 0, block: int = 1) -> tuple[Tensor, Tensor]:
+    def keep(self, tokens: Candidates, blocks: int | None = None, block: int = 1) -> Kept:
         """Choose `budget` tokens, or up to a block fewer.
+
+        A row is cut when it has `every` tokens more than its budget, whatever the others have, as
+        it would be alone; where tokens come to lie in blocks all rows are cut together.
 
         Args:
             tokens: T of them, of which the first blocks * block are encoded in so many blocks.
-            blocks: number of blocks.
+            blocks: number of blocks; None: a layer that cuts none.
             block: tokens of each.
 
-        Returns:
-            indices of blocks that stay [B, H, n] and of tokens behind them [B, H, m], counted from
-            the first of these, both in order of position. Padding goes first; of equals the newer
-            stays.
+        Padding goes first; of equals the newer stays.
         """
-        score = self.score(tokens).masked_fill(
-            tokens.positions < tokens.padding[:, None, None], -torch.inf
-        )
+        score, real, alone = self._ranked(tokens), tokens.real, blocks is None
+        blocks = blocks or 0
         encoded = blocks * block
         excess = score.shape[-1] - self.budget
         gone = min(blocks, excess // block)
-        rest = score.shape[-1] - encoded - (excess - gone * block)  # tokens that stay behind blocks
-        if rest < 0:  # fewer than must go
-            gone, rest = gone + 1, score.shape[-1] - encoded
-        of_blocks = score[..., :encoded].unflatten(-1, (blocks, block)).mean(-1)
-        return _highest(of_blocks, blocks - gone), _highest(score[..., encoded:], rest)
+        tail = score.shape[-1] - encoded
+        rest = tail - (excess - gone * block)  # tokens that stay behind blocks
+        if gone < blocks and rest < min(tail, self.recent):  # those that stay leave too few to go
+            gone, rest = gone + 1, tail
+        quota = torch.full_like(tokens.positions[..., 0], rest)  # [B, H]
+        cut = torch.ones_like(quota, dtype=torch.bool)
+        if alone:
+            held = real.sum(-1, dtype=quota.dtype)
+            cut = held >= self.budget + self.every
+            quota = torch.where(cut, self.budget, held)
+        # the mean over what is no padding; a block of padding alone goes first
+        of_blocks = score[..., :encoded].unflatten(-1, (blocks, block))
+        weight = real[..., :encoded].unflatten(-1, (blocks, block))
+        mean = of_blocks.masked_fill(~weight, 0).sum(-1) / weight.sum(-1).clamp_min(1)
+        mean = mean.masked_fill(~weight.any(-1), -torch.inf)
+        kept = _highest(mean, torch.full_like(quota, blocks - gone))[0]
+        return Kept(kept, *_highest(score[..., encoded:], quota), cut)
+
+    def _ranked(self, tokens: Candidates) -> Tensor:
+        """Scores [B, H, T], with those of padding lowest and of what always stays highest."""
+        positions, padding = tokens.positions, tokens.padding[:, None, None]
+        stays = positions < padding + self.sinks
+        stays |= positions > positions[..., -1:] - self.recent
+        score = self.score(tokens).masked_fill(stays, torch.inf)
+        return score.masked_fill(~tokens.real, -torch.inf)
 
     def conflict(self, strategy: Strategy) -> str | None:
         if strategy.layout.limit is not None or strategy.layout.reserves:
@@ -127,7 +214,16 @@ class Scored(Retention):
         return None
 
 
-def _highest(score: Tensor, n: int) -> Tensor:
-    """Indices [B, H, n] of the highest scores [B, H, T], rising; of equals the later ones."""
-    order = score.flip(-1).argsort(dim=-1, descending=True, stable=True)[..., :n]
-    return (score.shape[-1] - 1 - order).sort(dim=-1).values
+def _highest(score: Tensor, quota: Tensor) -> tuple[Tensor, Tensor]:
+    """Indices [B, H, n] of the highest scores [B, H, T], rising; of equals the later ones.
+
+    n is the largest `quota` [B, H]. Where that is smaller the first indices fill up, and the second
+    tensor, [B, H, n] bool, says which.
+    """
+    best = score.flip(-1).argsort(dim=-1, descending=True, stable=True)
+    places = torch.arange(best.shape[-1], device=best.device).expand_as(best)
+    rank = torch.empty_like(best).scatter_(-1, best, places)
+    chosen = rank.flip(-1) < quota[..., None]
+    n = int(quota.max()) if quota.numel() else 0
+    order = chosen.int().argsort(dim=-1, stable=True)[..., chosen.shape[-1] - n :]
+    return order, ~chosen.gather(-1, order)

@@ -53,6 +53,7 @@ from .calls import (
 from .oracle import kept_whole
 from .rotation import check_rotation
 from .shadow import Shadow, Wrong
+from .specs import SMALL
 from .tools import prompt
 
 if TYPE_CHECKING:
@@ -60,6 +61,7 @@ if TYPE_CHECKING:
 
 OUTCOMES = ("exact", "bound", "refused", "n/a", "crashed", "wrong")
 LENGTH = 64  # more tokens than any call sees
+CHOOSING = ("snapkv", "expected", "keydiff", "h2o", "tova", "lagkv", "pyramid")
 STRATEGIES = {
     "growing": "growing",
     "static": "static",
@@ -75,11 +77,19 @@ STRATEGIES = {
     "sinks+int8": "sinks(sinks=2, window=14)+int8(block=8)",
     "long window": "window(length=100)",
     "long sinks": "sinks(sinks=2, window=100)",
+    **{name: SMALL[name] for name in CHOOSING},
+    "snapkv+int4": f"{SMALL['snapkv']}+int4(block=8, tail=0)",
+    "expected+int8+host": f"{SMALL['expected']}+int8(block=8, tail=0)+host",
+    "keydiff+disk": f"{SMALL['keydiff']}+exact(block=8)+disk",
 }
 IN_PIECES = ("chunked prefill", "second turn", "crop, go on")  # nothing is seen in full at once
 GUESSED = ("prompt lookup", "assistant")  # all may be guessed right: one pass, nothing stored
 # of each of these, a cell of architecture and call has one: placement meets neither of the two
-ALTERNATIVES = [("host", "disk", "int4+host"), ("sinks+int8", "long window", "long sinks")]
+ALTERNATIVES = [
+    ("host", "disk", "int4+host"),
+    ("sinks+int8", "long window", "long sinks"),
+    (*CHOOSING, "snapkv+int4", "expected+int8+host", "keydiff+disk"),
+]
 
 
 @dataclass(frozen=True)

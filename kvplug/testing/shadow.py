@@ -14,10 +14,13 @@ from weakref import WeakKeyDictionary
 
 import torch
 
+from ..attention.mask import fit
 from ..attention.view import View
 from ..layers.growing import Layer
+from ..layers.scored import ScoredLayer
 from ..layers.static import StaticLayer
 from ..layers.static_coded import StaticCodedLayer
+from .chosen import ChosenOracle
 from .oracle import Oracle
 from .tools import TOLERANCE
 
@@ -99,9 +102,12 @@ class Shadow:
     ) -> tuple[Tensor, Tensor]:
         oracle = self.oracles.get(layer)
         if oracle is None:
-            oracle = self.oracles[layer] = Oracle(layer.strategy.retention, self._rows(keys))
+            kind = ChosenOracle if isinstance(layer, ScoredLayer) else Oracle
+            oracle = self.oracles[layer] = kind(layer.strategy.retention, self._rows(keys))
             if self.positions is not None and len(self.positions) == len(keys):
                 self.starts[oracle] = self.positions.gather(1, oracle.padding[:, None])[:, 0]
+        if isinstance(oracle, ChosenOracle):
+            oracle.look(layer)
         first, S = oracle.first_visible(), keys.shape[2]
         length, offset = layer.get_mask_sizes(S)
         exact = keys.float().clone(), values.float().clone()
@@ -199,6 +205,10 @@ class Shadow:
         T = keys.shape[2]
         # in float64: scores of several hundred, as T5's, cost float32 three digits
         sides = (keys, values if isinstance(value, View) else value[:, :, :T])
+        stored = key.stored
+        others = attn_mask is not None and attn_mask.shape[-1] not in (1, stored.length)
+        if others or stored.visible is not None:  # the mask is that of another layer
+            attn_mask = fit(attn_mask, is_causal, stored, query.shape[1])
         mask = attn_mask if attn_mask is None else attn_mask[..., :T]
         if mask is not None and mask.is_floating_point():
             mask = mask.double()

@@ -15,11 +15,12 @@ from transformers import DynamicCache, GenerationConfig
 from ..attention.view import View
 from ..cache import Cache
 from ..compat import cache_argument, output_cache
-from ..errors import Unseen
+from ..errors import Unseen, ViewError
 from ..factory import build
 from ..layers.layout import Growing
 from ..placement.device import Device
 from ..registry import available
+from ..retention.base import Scored
 from ..spec import PREFIX, Strategy, parse
 from .layers import OnLayers
 from .memory import walked_bytes
@@ -140,6 +141,8 @@ class StrategyConformance(OnLayers, Reuse):
     ) -> None:
         """What is kept and how it is encoded decide the result; where it lies does not."""
         plain = strategy.replace(layout=Growing(), placement=Device())
+        if isinstance(plain.retention, Scored) and not plain.is_coded:
+            pytest.skip(f"{strategy}: where tokens are placed in blocks, these go as wholes")
         assert torch.equal(run(prompt(37)), run(prompt(37), spec=f"{PREFIX}{plain!r}"))
 
     def test_left_padded_rows_are_as_alone(
@@ -147,12 +150,15 @@ class StrategyConformance(OnLayers, Reuse):
     ) -> None:
         """Before and after eviction, with rows that overflow at different times.
 
-        Blocks of a lossy codec start with the padding, so there only the longest row, which has
-        none, must be the same.
+        Blocks start with the padding, so where a codec loses something, or they are dropped as
+        wholes, only the longest row, which has none, must be the same.
         """
+        cut = isinstance(strategy.retention, Scored) and one_layer(strategy).cuts_blocks
         rows = [prompt(n, seed=n)[0] for n in (29, 5, 16)]
         together = run(left_padded(rows), max_new_tokens=20)
-        for row, out in zip(rows if strategy.lossless else rows[:1], together, strict=False):
+        for row, out in zip(
+            rows if strategy.lossless and not cut else rows[:1], together, strict=False
+        ):
             assert out[-20:].tolist() == run(row[None], max_new_tokens=20)[0, -20:].tolist()
 
     def test_eager_and_sdpa_agree(
@@ -163,8 +169,10 @@ class StrategyConformance(OnLayers, Reuse):
         for name in ("sdpa", "eager"):
             model = tiny_llama(attn_implementation=name)
             caches = []
-            if name == "eager" and strategy.retention.queries:  # it shows none
-                with pytest.raises(Unseen, match=r"attn_implementation='sdpa'"):
+            retention = strategy.retention
+            # it shows no queries, and its mask knows nothing of rows that are cut one by one
+            if name == "eager" and isinstance(retention, Scored) and retention.every > 1:
+                with pytest.raises((Unseen, ViewError), match=r"attn_implementation='sdpa'"):
                     model.generate(**inputs, **cache_argument(fresh()), **GREEDY)
                 return
             for kwargs in ({}, {"num_beams": 2}, {"do_sample": True}, {"prefill_chunk_size": 7}):
