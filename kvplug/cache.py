@@ -65,10 +65,19 @@ class Cache(transformers.Cache):
     def stats(self) -> dict:
         """What ran: calls per kernel, dense copies by cause, blocks encoded; and the full spec.
 
-        `chosen`: why `auto` took it; None where the caller has named it.
+        `chosen`: why `auto` took it; None where the caller has named it. `retention`, of methods
+        that choose by content: the `budget` asked, the `evictions` of a layer, and what is `kept`
+        by layer and head (None of a layer that chooses nothing).
         """
-        told = {"strategy": repr(self.strategy), "chosen": self.chosen}
-        return told | self._stats.as_dict()
+        told = {"strategy": repr(self.strategy), "chosen": self.chosen} | self._stats.as_dict()
+        if isinstance(self.strategy.retention, Scored):
+            ours = [x if isinstance(x, AttentionLayer) else None for x in self.layers]
+            told["retention"] = {
+                "budget": self.strategy.retention.budget,
+                "evictions": max(x.evictions for x in ours if x is not None),
+                "kept": [None if x is None else x.kept() for x in ours],
+            }
+        return told
 
     def state_dict(self) -> dict[str, Tensor | int | float | bool | str | None]:
         """All that this cache holds: plain tensors, and numbers that JSON has.

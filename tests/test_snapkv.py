@@ -119,5 +119,19 @@ def test_layers_of_a_pyramid_share_the_budget():
         prompt(60), cache_implementation="pyramid(budget=24, every=1, window=4, beta=4)",
         return_dict_in_generate=True, **GREEDY,
     )  # fmt: skip
-    held = [output_cache(out).held(i) for i in range(5)]
-    assert held == [39, 32, 24, 16, 9]
+    cache = output_cache(out)
+    kept = [39, 32, 24, 16, 9]
+    assert [cache.held(i) for i in range(5)] == kept
+    told = cache.stats()["retention"]
+    assert told == {"budget": 24, "evictions": 14, "kept": [[n, n] for n in kept]}
+
+
+def test_stats_count_what_rows_keep_and_not_their_padding():
+    model, out = tiny_llama(), {"return_dict_in_generate": True, **GREEDY}
+    rows = left_padded([prompt(n, seed=n)[0] for n in (30, 3)])
+    cache = output_cache(model.generate(**rows, cache_implementation=SPEC, **out))
+    cache.batch_select_indices(torch.tensor([1]))
+    assert cache.stats()["retention"]["kept"] == [[16, 16]] * 2  # 3 + 13, beside 19 of the other row
+    assert cache.held() == 19
+    plain = output_cache(model.generate(**rows, cache_implementation="growing", **out))
+    assert "retention" not in plain.stats()

@@ -153,7 +153,7 @@ def test_arguments_by_name():
 
 ERRORS = {
     # unknown stage
-    "imt8": "unknown cache stage 'imt8'. Did you mean 'int8'? Known: full, sinks, window,",
+    "imt8": "unknown cache stage 'imt8'. Did you mean 'int8'? Known: expected, full, h2o,",
     "INT8": "unknown cache stage 'INT8'. Did you mean 'int8'?",
     "int4+hots": "unknown cache stage 'hots'. Did you mean 'host'?",
     "kvplug:sttic": "unknown cache stage 'sttic'. Did you mean 'static'?",

@@ -89,6 +89,9 @@ class AttentionLayer(RowOperations):
     def set_padding(self, padding: Tensor) -> None:
         """Leading padding tokens of each row, [B] int, told before the first token."""
 
+    def kept(self) -> list[int] | None:
+        """Tokens that each head holds, where retention chooses per head; else None."""
+
     def expect(self, tokens: int) -> None:
         """The prompt ends after `tokens` columns: what is kept for its end waits until then."""
 

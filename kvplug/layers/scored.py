@@ -71,6 +71,13 @@ class ScoredLayer(Layer):
     def expect(self, tokens: int) -> None:
         self._prompt = tokens
 
+    def kept(self) -> list[int]:
+        """Tokens of each head, padding not counted, of the row that has most."""
+        if not self.is_initialized or not len(self.positions):
+            return []
+        real = self.positions.read()["p"] >= self.padding[:, None, None]
+        return real.sum(-1).amax(0).tolist()
+
     def _check_seen(self) -> None:
         if self._unseen:
             raise Unseen(
@@ -149,6 +156,7 @@ class ScoredLayer(Layer):
         block, blocks = self.strategy.codec.block, len(self.blocks)
         if blocks * block + len(self.tail) < self.retention.budget + self.retention.every:
             return
+        self._check_seen()
         with torch.no_grad():
             tokens = self._candidates()
             known = dict(tokens.state)

@@ -32,6 +32,8 @@ class ChosenOracle(Oracle):
     def look(self, layer: Any) -> None:
         """Take down what a layer holds, before an update."""
         held = layer.positions.read().get("p") if layer.is_initialized else None
+        if self.seen:  # what attention has let settle since
+            self.follow(layer)
         self.columns = None if held is None else held.long().clone()
         self.before = self.seen
         if held is None:

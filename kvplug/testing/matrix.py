@@ -8,7 +8,7 @@ A cell's outcome is found, never declared:
 exact       the tokens and scores of transformers' `DynamicCache`
 bound       what was stored is within the codec's own bound of what the model wrote, in the columns
             that retention promises, and attention is that over the same content in a dense tensor
-refused     a `KvplugError` before the model ran
+refused     a `KvplugError` before the model ran, or `Unseen` once attention has shown no query
 n/a         transformers itself cannot do this call on this model, with `DynamicCache`
 crashed     any other error, or a refusal after the model ran
 wrong       none of the above
@@ -35,7 +35,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import transformers
 
-from ..errors import KvplugError
+from ..errors import KvplugError, Unseen
 from ..spec import parse
 from .architectures import ARCHITECTURES, Absent, make
 from .calls import (
@@ -78,7 +78,7 @@ STRATEGIES = {
     "long window": "window(length=100)",
     "long sinks": "sinks(sinks=2, window=100)",
     **{name: SMALL[name] for name in CHOOSING},
-    "snapkv+int4": f"{SMALL['snapkv']}+int4(block=8, tail=0)",
+    "snapkv+int4": "snapkv(budget=10, every=3, window=4)+int4(block=8, tail=0)",
     "expected+int8+host": f"{SMALL['expected']}+int8(block=8, tail=0)+host",
     "keydiff+disk": f"{SMALL['keydiff']}+exact(block=8)+disk",
 }
@@ -199,7 +199,7 @@ class Row:
         except Wrong as e:
             return "wrong", str(e)
         except KvplugError as e:
-            if shadow.forwards:
+            if shadow.forwards and not isinstance(e, Unseen):  # which only attention can tell
                 return (
                     "crashed",
                     f"refused after the model ran: {type(e).__name__}: {first_line(e)}",
