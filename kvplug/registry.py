@@ -24,6 +24,9 @@ EXTRAS: dict[str, str] = {
     "fsspec": "store",
     "prometheus_client": "store",
     "blosc2": "store",
+    "optimum": "quanto",
+    "optimum.quanto": "quanto",
+    "hqq": "hqq",
 }
 
 
@@ -138,6 +141,9 @@ REGISTRIES: dict[str, Registry] = {
             "int8": "kvplug.codecs.affine:Int8",
             "int4": "kvplug.codecs.affine:Int4",
             "int2": "kvplug.codecs.affine:Int2",
+            "fp8": "kvplug.codecs.fp8:Fp8",
+            "quanto": "kvplug.codecs.quanto:Quanto",
+            "hqq": "kvplug.codecs.hqq:Hqq",
         },
     ),
     "placement": Registry(
