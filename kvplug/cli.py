@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
 
 from .errors import KvplugError, SpecError
@@ -79,11 +80,24 @@ def _list(args: argparse.Namespace) -> int:
     for kind, stages in available().items():
         print(f"{kind} (default {DEFAULTS[kind]})")
         for name, line in stages.items():
-            print(f"  {name:<12} {line}")
+            read = f" [{', '.join(_readers(name))}]" if kind == "codec" else ""
+            print(f"  {name:<12} {line}{read}")
     print("presets")
     for name, spec in PRESETS.items():
         print(f"  {name:<22} {spec}")
     return 0
+
+
+def _readers(codec: str) -> list[str]:
+    """The kernels that read blocks of a codec as it comes; what is not installed reads none."""
+    from .registry import REGISTRIES, find
+
+    found = []
+    for name in REGISTRIES["kernel"].names():
+        with contextlib.suppress(Exception):  # a broken plugin must not hide the others
+            if name != "auto" and not find(name)().refuses(find(codec)()):
+                found.append(name)
+    return found
 
 
 def _estimate(args: argparse.Namespace) -> int:

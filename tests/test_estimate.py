@@ -240,3 +240,6 @@ def test_list_command(capsys):
     out = capsys.readouterr().out
     for name in ("sinks", "static", "int4", "disk", "auto", "kvplug:quantized"):
         assert f"  {name} " in out
+    readers = dict(re.findall(r"^  (\w+) .*\[(.*)\]$", out, re.MULTILINE))
+    assert readers["int4"].split(", ") == ["numba", "reference", "triton"]
+    assert readers["fp8"] == readers["hqq"] == "reference"

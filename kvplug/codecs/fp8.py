@@ -20,7 +20,7 @@ LOST = 2.0**-4 + 2.0**-20  # of a number: half a step of its 3 bits, and what fl
 
 @dataclass(frozen=True)
 class Fp8(Codec):
-    """8-bit floats (e4m3) with a scale per token: about half of bf16; read by `reference` alone.
+    """8-bit floats (e4m3) with a scale per token: about half of bf16.
 
     The largest number of a token and head becomes the largest that the type has. (transformers'
     fp8 cache has one scale for a whole layer, that of the first call, and what is larger later is

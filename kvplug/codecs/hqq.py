@@ -19,16 +19,16 @@ LP_NORM, BETA, ITERATIONS = 0.7, 10.0, 20  # hqq's own
 
 @dataclass(frozen=True)
 class Hqq(Grouped):
-    """HQQ's integers of 8, 4, 3 or 2 bits, a scale per token; read by `reference` alone.
+    """HQQ's integers of 8, 4, 3 or 2 bits, a scale per token.
 
     The scale is that of a group's range; hqq's solver then moves the zero, step by step, to where
     an error that outliers count little in is least (Badri and Shaji, Half-Quadratic Quantization,
     2023). Error <= scale / 2; a large constant in one key channel (Qwen2) takes the bits of all
-    others of its group. Departures from hqq, and from transformers' cache that uses it: a
-    group stops when its own error grows, not when that of all does, so that blocks do not depend on
-    each other; a zero moves by half a step at most, so that no number is clipped by more; scales
-    and zeros are float16 in every model; a block is encoded once. The tensors: `grouped.py`; zero
-    is minus hqq's, times the scale.
+    others of its group. Departures from hqq, and from transformers' cache that uses it: the solver
+    takes all of its steps, where hqq stops once the error of all groups together grows, so that
+    blocks do not depend on each other; a zero moves by half a step at most, so that no number is
+    clipped by more; scales and zeros are float16 in every model; a block is encoded once. The
+    tensors: `grouped.py`; zero is minus hqq's, times the scale.
     """
 
     name: ClassVar[str] = "hqq"
@@ -41,13 +41,7 @@ class Hqq(Grouped):
         # steps per number, and the bounds of both, are hqq's
         inverse = torch.where(width <= 1e-4, 1.0, most / width).clamp(max=2e4)
         zero = first = -low * inverse
-        best = torch.full_like(inverse, torch.inf)
-        moving = torch.ones_like(inverse, dtype=torch.bool)
         for _ in range(ITERATIONS):
-            restored, _, moved, _ = step(x, inverse, zero, [0, most], BETA, LP_NORM, 1)
-            error = (x - restored).abs().mean(-1, keepdim=True)
-            zero = torch.where(moving, moved, zero)
-            moving = moving & (error < best)
-            best = torch.minimum(best, error)
+            _, _, zero, _ = step(x, inverse, zero, [0, most], BETA, LP_NORM, 1)
         zero = first + (zero - first).clamp(-0.5, 0.5)
         return 1 / inverse, -zero / inverse

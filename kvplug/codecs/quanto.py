@@ -19,7 +19,7 @@ TYPES = {2: qint2, 4: qint4}
 
 @dataclass(frozen=True)
 class Quanto(Grouped):
-    """optimum-quanto's integers of 4 or 2 bits, a scale per token; read by `reference` alone.
+    """optimum-quanto's integers of 4 or 2 bits, a scale per token.
 
     Scale and shift are those of `MaxOptimizer`, codes those of quanto's `quantize_affine`: what
     transformers' quantized cache stores. Departures from that cache: a block is encoded once, where
