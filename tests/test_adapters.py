@@ -27,7 +27,7 @@ def test_quanto_decodes_to_what_quanto_does(bits, kind):
 
 @pytest.mark.parametrize("bits", [8, 4, 3, 2])
 def test_hqq_decodes_to_what_hqq_does_of_a_block_alone(bits):
-    """It stops by the error of all groups, which a block must not depend on: as good in the mean."""
+    """It stops by the error of all groups, on which a block must not depend: as good."""
     codec = kvplug.parse(f"hqq(block=8, bits={bits})").codec
     x = normal(*ROWS, seed=2)
     x[..., 5] *= 6
