@@ -98,11 +98,13 @@ def _looks(tensors: dict[str, Tensor]) -> dict[str, tuple]:
         flat = x.reshape(-1)  # a copy where there are gaps
         some = flat[:: max(1, flat.numel() // SAMPLES)][:SAMPLES].view(integers[x.itemsize])
         groups.setdefault((x.device, x.itemsize), {})[name] = some
-    found = {}
+    found: dict[str, bytes] = {}
     for group in groups.values():  # one copy from a device, not one per tensor
-        together = torch.cat(list(group.values())).cpu()
-        parts = together.split([x.numel() for x in group.values()])
-        found |= {name: x.tolist() for name, x in zip(group, parts, strict=True)}
+        together = torch.cat(list(group.values())).cpu().numpy().tobytes()
+        end = 0
+        for name, some in group.items():
+            start, end = end, end + some.nbytes
+            found[name] = together[start:end]
     return {
         name: (x.data_ptr(), -1 if x.is_inference() else x._version, x.dtype, x.shape, found[name])
         for name, x in tensors.items()
