@@ -146,6 +146,15 @@ def test_four_writers_keep_the_bound(tmp_path):
     assert all(len(list(store.load([e.key]))) == 1 for e in entries)
 
 
+def test_what_is_written_anew_leaves_the_disk_first(tmp_path, monkeypatch):
+    backend, (key,) = kvplug.Store(tmp_path.as_uri(), max_bytes=100)._backend, chain(1)
+    backend.put_many([(key, b"x" * 90)])
+    seen, write = [], backend._write
+    monkeypatch.setattr(backend, "_write", lambda *x: seen.append(on_disk(tmp_path)) or write(*x))
+    backend.put_many([(key, b"y" * 80)])
+    assert (seen, on_disk(tmp_path)) == ([0], 80)
+
+
 def test_writers_that_are_killed_leave_no_bad_record(tmp_path):
     url, keys = tmp_path.as_uri(), chain(8)
 
