@@ -150,7 +150,10 @@ class ScoredLayer(Layer):
         self._keep_queries(wanted - (self.retention.budget + self.retention.every - held))
 
     def _keep_queries(self, n: int) -> None:
-        self.queries.drop_first(max(0, len(self.queries) - max(0, n)))
+        if n <= 0:
+            self.queries.clear()  # and its room, as much as many tokens in few bits
+        else:
+            self.queries.drop_first(max(0, len(self.queries) - n))
 
     def _evict(self) -> None:
         block, blocks = self.strategy.codec.block, len(self.blocks)
