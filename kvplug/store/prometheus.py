@@ -13,9 +13,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
-
 from ..errors import StoreError
+from ..registry import load
 from .metrics import COUNTERS, REASONED
 
 if TYPE_CHECKING:
@@ -25,6 +24,7 @@ if TYPE_CHECKING:
 
     from .store import Store
 
+core = load("prometheus_client.core", "kvplug.store.prometheus")
 PREFIX = "kvplug_store_"
 
 
@@ -44,17 +44,17 @@ class Collector:
         """One family for each counter, those with reasons by `reason`, and the bytes held."""
         stats = [store.stats() for store in self._stores]
         for name, what in COUNTERS.items():
-            family = CounterMetricFamily(PREFIX + name, what, labels=["store"])
+            family = core.CounterMetricFamily(PREFIX + name, what, labels=["store"])
             for x in stats:
                 family.add_metric([x["url"]], x[name])
             yield family
         for name, what in REASONED.items():
-            family = CounterMetricFamily(PREFIX + name, what, labels=["store", "reason"])
+            family = core.CounterMetricFamily(PREFIX + name, what, labels=["store", "reason"])
             for x in stats:
                 for reason, n in x[name].items():
                     family.add_metric([x["url"], reason], n)
             yield family
-        held = GaugeMetricFamily(
+        held = core.GaugeMetricFamily(
             PREFIX + "held_bytes", "bytes of all records, where that is known", labels=["store"]
         )
         for x in stats:
