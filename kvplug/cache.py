@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
     from .layers.state import State
+    from .prefix import Reuse
     from .stats import Stats
     from .strategy import Strategy
 
@@ -48,6 +49,9 @@ class Cache(transformers.Cache):
         self._unpadded_only = unpadded_only  # why no batch with padding can be served
         self.chosen: str | None = None  # why `auto` took this strategy
         self.may_grow = False  # whether `generate` may: it chose the length of a static layout
+        self.reuse: Reuse | None = None  # the store that prompts are found in, and left in
+        self.outlives = True  # whether it is seen after the call of `generate` that fills it
+        self.reused_tokens = 0
 
     def nbytes(self) -> int:
         """Bytes of all tensors reachable from here, shared storage once, reserved room included."""
@@ -67,9 +71,11 @@ class Cache(transformers.Cache):
 
         `chosen`: why `auto` took it; None where the caller has named it. `retention`, of methods
         that choose by content: the `budget` asked, the `evictions` of a layer, and what is `kept`
-        by layer and head (None of a layer that chooses nothing).
+        by layer and head (None of a layer that chooses nothing). `reused_tokens`: those of all rows
+        that came from a store.
         """
         told = {"strategy": repr(self.strategy), "chosen": self.chosen} | self._stats.as_dict()
+        told["reused_tokens"] = self.reused_tokens
         if isinstance(self.strategy.retention, Scored):
             ours = [x if isinstance(x, AttentionLayer) else None for x in self.layers]
             told["retention"] = {
@@ -335,9 +341,9 @@ def _reduce(cache: Cache) -> tuple[Any, tuple[dict[str, Any]]]:
     """What goes to another process is a copy.
 
     torch shares the memory of tensors it sends, and a cache writes in place: two processes that
-    went on with the same one would overwrite each other's tokens.
+    went on with the same one would overwrite each other's tokens. A store stays where it is.
     """
-    return _restore, (vars(copy.deepcopy(cache)),)
+    return _restore, (vars(copy.deepcopy(cache)) | {"reuse": None},)
 
 
 def _restore(state: dict[str, Any]) -> Cache:

@@ -126,6 +126,13 @@ def attention(config: Any) -> str | None:
     return getattr(config, ATTENTION, None)
 
 
+def rope_types(config: Any) -> set[str]:
+    """The kinds of rotary embedding that a config names, of all its layers."""
+    found = getattr(config, "rope_parameters", None) or {}
+    kinds = found.values() if all(isinstance(x, dict) for x in found.values()) else [found]
+    return {kind["rope_type"] for kind in kinds if kind.get("rope_type")}
+
+
 def is_sdpa(config: Any) -> bool:
     """Whether attention of this config is torch's `scaled_dot_product_attention`."""
     return attention(config) == "sdpa"
@@ -140,11 +147,13 @@ def reads_dense_only(config: Any) -> bool:
 VALIDATE = "validate"  # of GenerationConfig; this and below of GenerationMixin
 PREPARE_CONFIG = "_prepare_generation_config"
 PREPARE_CACHE = "_prepare_cache_for_generation"
+PREFILL = "_prefill"
 ASSISTED = "_assisted_decoding"
 PARAMETERS = {
     VALIDATE: ("self",),
     PREPARE_CONFIG: ("self", "generation_config"),
     PREPARE_CACHE: ("self", "generation_config", "model_kwargs", "max_cache_length"),
+    PREFILL: ("self", "input_ids", "generation_config", "model_kwargs"),
     ASSISTED: ("self",),
 }
 CONFIG_FIELDS = (
@@ -154,6 +163,7 @@ CONFIG_FIELDS = (
     "is_assistant",
     "max_cache_len",
     "prompt_lookup_num_tokens",
+    "prefill_chunk_size",
 )
 
 

@@ -24,6 +24,7 @@ from .layers.combined import with_state
 from .layers.layout import Growing
 from .layers.probe import positions_depend_on_images
 from .layers.rotation import turns
+from .prefix import told
 from .retention.full import Full
 from .spec import parse
 from .stats import Stats
@@ -67,7 +68,8 @@ def build(
         spec: a strategy (`kvplug.parse`), where also `static` is ours.
         config: of the model; layer types and windows are read from it, nothing is changed.
         max_cache_len: tokens that a static layout reserves; ignored by others.
-        cache_config: more arguments of the strategy by name, e.g. `{"group": 32, "tail": 128}`.
+        cache_config: more arguments of the strategy by name, e.g. `{"group": 32, "tail": 128}`; and
+            `store` and what goes with it, `kvplug.prefix.Reuse`.
 
     Layers of sliding-window attention keep the model's window and take codec and placement; under
     a compilable static layout they stay in full precision. Layers of cross-attention to images
@@ -79,6 +81,7 @@ def build(
         SpecError: the strategy cannot be read or built, or not for this model.
         MissingExtra: an optional dependency is not installed.
     """
+    reuse, cache_config = told(cache_config)
     strategy = parse(spec, cache_config) if isinstance(spec, str) else spec
     if isinstance(strategy, Auto):
         raise SpecError(
@@ -131,7 +134,11 @@ def build(
                 f"{strategy}: {codec} cannot serve layer {i} of {type(config).__name__}, a "
                 f"{type(layers[i]).__name__}"
             )
-    return Cache(layers, strategy, stats, unpadded_only, _facts(text))
+    if reuse is not None:
+        reuse.check(strategy)
+    cache = Cache(layers, strategy, stats, unpadded_only, _facts(text))
+    cache.reuse = reuse
+    return cache
 
 
 def load(folder: str | os.PathLike, model: PreTrainedModel) -> Cache:

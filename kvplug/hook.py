@@ -1,9 +1,10 @@
 """The only file that changes transformers: strategies as `cache_implementation` of `generate`.
 
-Four methods are wrapped. `GenerationConfig.validate` accepts our names;
+Five methods are wrapped. `GenerationConfig.validate` accepts our names;
 `GenerationMixin._prepare_cache_for_generation` lets transformers prepare its own cache and puts
 ours in the place of the decoder's; `_prepare_generation_config`, the first that knows model and
-name, sees to it that a model which prepares its cache by code of its own is watched;
+name, sees to it that a model which prepares its cache by code of its own is watched; `_prefill`,
+the first that has the ids as the cache will see them, fills a cache from its store;
 `_assisted_decoding` is followed by the end of past recording, which transformers leaves on in the
 cache it hands back. Calls that name no strategy of ours go through unchanged.
 
@@ -28,6 +29,7 @@ from .choose import choose
 from .errors import KvplugError, SpecError, UnknownHost, UnknownStage
 from .factory import build
 from .pair import Pair
+from .prefix import fall_back, fill, told
 from .spec import is_ours, parse
 from .strategy import Auto, Strategy
 
@@ -51,6 +53,7 @@ def register() -> None:
     _wrap(GenerationConfig, compat.VALIDATE, _validate)
     _wrap(GenerationMixin, compat.PREPARE_CONFIG, _prepare_config)
     _wrap(GenerationMixin, compat.PREPARE_CACHE, _prepare)
+    _wrap(GenerationMixin, compat.PREFILL, _prefilled)
     _wrap(GenerationMixin, compat.ASSISTED, _assisted)
 
 
@@ -98,7 +101,7 @@ def _refuse(config: Any, missing: list[str]) -> None:
     if not is_ours(name):
         return
     try:
-        parse(name, getattr(config, "cache_config", None))
+        parse(name, told(getattr(config, "cache_config", None))[1])
     except UnknownStage:
         return  # perhaps a new name of transformers
     except KvplugError:
@@ -112,12 +115,15 @@ def _validate(original: Any) -> Any:
         if not is_ours(self.cache_implementation):
             return original(self, *args, **kwargs)
         try:
-            strategy = parse(self.cache_implementation, self.cache_config)
+            reuse, stages = told(self.cache_config)
+            strategy = parse(self.cache_implementation, stages)
         except UnknownStage as e:
             theirs = ", ".join(compat.THEIR_NAMES)
             raise UnknownStage(f"{e} Names of transformers: {theirs}.") from None
         # transformers judges the rest, on a copy: the caller's object may be shared between threads
         static = isinstance(strategy, Strategy) and strategy.layout.reserves
+        if reuse is not None and isinstance(strategy, Strategy):
+            reuse.check(strategy)
         return original(_without_ours(self, static), *args, **kwargs)
 
     return validate
@@ -215,7 +221,8 @@ def _prepare(original: Any) -> Any:
         # of a decoder alone no model could be built, to see what it writes
         whole = self.config.is_encoder_decoder
         config = self.config if whole else self.config.get_text_config(decoder=True)
-        asked, chosen = parse(name, generation_config.cache_config), None
+        reuse, stages = told(generation_config.cache_config)
+        asked, chosen = parse(name, stages), None
         if isinstance(asked, Auto):
             choice = choose(
                 asked,
@@ -234,6 +241,9 @@ def _prepare(original: Any) -> Any:
         )
         cache = build(strategy, config)
         cache.chosen = chosen
+        if reuse is not None:
+            reuse.check(asked)
+            cache.reuse, cache.outlives = reuse, bool(generation_config.return_dict_in_generate)
         # what the caller has not fixed, a later call with this cache may change
         cache.may_grow = asked.layout.limit is None and not generation_config.max_cache_len
         tell(cache)
@@ -275,15 +285,40 @@ def _put(model_kwargs: dict, theirs: Any, ours: Any) -> None:
     model_kwargs[slot] = ours
 
 
+def _prefilled(original: Any) -> Any:
+    signature = inspect.signature(original)
+
+    @functools.wraps(original)
+    def _prefill(self: GenerationMixin, *args: Any, **kwargs: Any) -> Any:
+        call = signature.bind(self, *args, **kwargs)
+        said = call.arguments
+        cache = _decoder_cache(cache_in(said["model_kwargs"]))
+        if isinstance(cache, Cache) and cache.reuse is not None:
+            said["input_ids"] = fill(
+                self,
+                cache,
+                said["input_ids"],
+                said["generation_config"],
+                said["model_kwargs"],
+                functools.partial(original, self),
+            )
+        return original(*call.args, **call.kwargs)
+
+    return _prefill
+
+
 def _assisted(original: Any) -> Any:
     @functools.wraps(original)
     def _assisted_decoding(self: GenerationMixin, *args: Any, **kwargs: Any) -> Any:
+        ours = [x for x in map(_decoder_cache, kwargs.values()) if isinstance(x, Cache)]
+        for cache in ours:
+            if cache.reuse is not None:
+                fall_back(cache.reuse, "assisted decoding")
         try:
             return original(self, *args, **kwargs)
         finally:
-            for cache in map(_decoder_cache, kwargs.values()):
-                if isinstance(cache, Cache):
-                    cache.deactivate_past_recording()
+            for cache in ours:
+                cache.deactivate_past_recording()
 
     return _assisted_decoding
 

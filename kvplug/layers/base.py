@@ -11,6 +11,7 @@ from ..errors import SpecError
 from .batch import RowOperations
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
     from ..codecs.base import Encoded
@@ -61,6 +62,26 @@ class AttentionLayer(RowOperations):
 
     def load_state(self, state: State) -> None:
         """Hold what a layer built alike has held, copied, on the device of its tensors."""
+        raise NotImplementedError
+
+    # --- prefixes: what one chunk of a prompt after the other adds, to be joined again later
+
+    by_chunks = False  # whether the four below are there
+
+    @property
+    def before_blocks(self) -> int:
+        """Columns before the first block: as many as the first chunk is longer."""
+        return 0
+
+    def seal(self) -> None:
+        """Encode all that is whole, the newest tokens too, which attention must have seen."""
+
+    def chunk(self, begin: int, end: int) -> dict[str, Tensor]:
+        """What columns begin:end, the newest of a sealed layer, add to those before; as `join`."""
+        raise NotImplementedError
+
+    def load_chunks(self, chunks: dict[str, Tensor], end: int, device: torch.device) -> None:
+        """Hold `end` columns of chunks that `join` has put together, copied; it was empty."""
         raise NotImplementedError
 
     def __deepcopy__(self, memo: dict) -> Self:

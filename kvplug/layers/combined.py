@@ -25,6 +25,7 @@ class Combined:
     """
 
     attention: type[AttentionLayer]
+    by_chunks = False  # the state of every chunk would have to be kept
 
     def __init__(self, slot: Slot, number_of_states: int) -> None:
         super().__init__(slot)

@@ -16,7 +16,7 @@ from .batch import check_alike
 from .buffer import Buffer
 from .columns import Columns
 from .sinks import SinkTokens
-from .state import nest, rows
+from .state import NOW, nest, rows
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -252,16 +252,53 @@ class Layer(Columns, CacheLayerMixin):
             setattr(self.sinks, {"k": "keys", "v": "values"}[name], x.clone())
         self.seen, self.record_past = state["seen"], state["record_past"]
 
+    # --- prefixes
+
+    by_chunks = True
+
+    def seal(self) -> None:
+        self._settle(tail=0)
+
+    def chunk(self, begin: int, end: int) -> dict[str, Tensor]:
+        tail = nest("tail", self.tail.read(len(self.tail)))  # of no tokens: says dtype and sizes
+        window, codec = self.strategy.retention.newest, self.strategy.codec
+        if window is not None and window <= end - begin:  # some have left it already
+            held = nest("tail", self.tail.read()) | nest("blocks", self.blocks.read())
+            return {f"{NOW}{name}": x for name, x in held.items()}
+        n = (end - begin) // codec.block
+        if self.cuts_blocks:
+            return tail | nest("blocks", self.blocks.read(len(self.blocks) - n))
+        rows = self.tail.read(len(self.tail) - n * codec.block)  # as blocks, as elsewhere
+        return tail | nest("blocks", codec.encode(*(rows[x].unflatten(2, (n, -1)) for x in "kv")))
+
+    def load_chunks(self, chunks: dict[str, Tensor], end: int, device: torch.device) -> None:
+        whole = {name.removeprefix(NOW): x for name, x in chunks.items()}
+        tail = {name: x.to(device) for name, x in rows(whole, "tail").items()}
+        self.lazy_initialization(tail["k"], tail["v"])
+        blocks = rows(whole, "blocks")
+        if not self.cuts_blocks and blocks:
+            pair = zip("kv", self.strategy.codec.decode(blocks), strict=True)
+            before = {name: x.flatten(2, 3).to(device) for name, x in pair}
+            tail, blocks = {name: torch.cat((before[name], tail[name]), 2) for name in "kv"}, {}
+        self.tail.load(tail)
+        self.blocks.load(blocks)
+        self.seen = end
+        self._evict()
+
     # --- encoding, dropping, taking back
 
-    def _settle(self) -> None:
-        """Drop what no later query can see, then encode and place the blocks the tail can spare."""
+    def _settle(self, tail: int | None = None) -> None:
+        """Drop what no later query can see, then encode and place the blocks the tail can spare.
+
+        tail: newest tokens that stay as they are; None: as many as the codec says.
+        """
         codec = self.strategy.codec
+        tail = codec.tail if tail is None else tail
         self._fetched = None  # a copy of blocks as they were
         self._evict()
         if not self.cuts_blocks:
             return
-        n = (len(self.tail) - codec.tail) // codec.block
+        n = (len(self.tail) - tail) // codec.block
         if n > 0:
             rows = self.tail.read(0, n * codec.block)
             keys, values = (rows[x].unflatten(2, (n, codec.block)) for x in ("k", "v"))

@@ -36,6 +36,8 @@ class ScoredLayer(Layer):
     the layer says itself which of its tokens are visible.
     """
 
+    by_chunks = False
+
     def __init__(self, slot: Slot) -> None:
         self.retention = slot.strategy.retention
         super().__init__(slot)
@@ -139,12 +141,12 @@ class ScoredLayer(Layer):
 
     # --- choosing
 
-    def _settle(self) -> None:
+    def _settle(self, tail: int | None = None) -> None:
         wanted = self.retention.queries
         self._keep_queries(wanted)
         if self.retention.for_question and self.seen < self._prompt:
             return  # the question has not come
-        super()._settle()
+        super()._settle(tail)
         # of the queries that came, so many are among the newest at the next choice
         held = self.seen - self._first_stored()
         self._keep_queries(wanted - (self.retention.budget + self.retention.every - held))

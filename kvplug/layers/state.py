@@ -32,6 +32,19 @@ def rows(state: State, prefix: str) -> dict[str, Tensor]:
     return {name: x for name, x in found if isinstance(x, torch.Tensor)}
 
 
+NOW = "now."  # of a chunk: begins the name of what is whole at its end
+
+
+def join(chunks: list[dict[str, Tensor]], axis: int) -> dict[str, Tensor]:
+    """Chunks, one after the other, as one: tensors end to end, of what is whole the last."""
+    names = dict.fromkeys(name for chunk in chunks for name in chunk)
+    found = {name: [chunk[name] for chunk in chunks if name in chunk] for name in names}
+    return {
+        name: x[-1] if len(x) == 1 or NOW in name else torch.cat(x, dim=axis)
+        for name, x in found.items()
+    }
+
+
 def attributes(layer: Any, names: Iterable[str] | None = None) -> State:
     """Tensors and numbers among the attributes of a layer of transformers; dicts by `name.key`.
 
