@@ -184,7 +184,7 @@ def test_nothing_else_in_transformers_is_touched():
         "changed = [(c.__name__, k) for c, b in classes.items() for k, v in vars(c).items()\n"
         "           if b.get(k, None) is not v and not k.startswith('__') and '_abc' not in k]\n"
         "assert sorted(changed) == [('GenerationConfig', 'validate'),\n"
-        "    ('GenerationMixin', '_assisted_decoding'),\n"
+        "    ('GenerationMixin', '_assisted_decoding'), ('GenerationMixin', '_prefill'),\n"
         "    ('GenerationMixin', '_prepare_cache_for_generation'),\n"
         "    ('GenerationMixin', '_prepare_generation_config')], changed\n"
     )

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from evals.rows.schema import Row
 
 INSIDE = "≈"  # no further from the reference than the reference from itself
-TIMED = ("prefill", "decode", "attention", "generate")
+TIMED = ("prefill", "first_token", "decode", "attention", "generate")
 
 
 class Noise:

@@ -23,6 +23,9 @@ class Metric(NamedTuple):
 
 METRICS = {
     "prefill": Metric("s", "lower", "the whole prompt in one forward, after a short warm-up"),
+    "first_token": Metric("s", "lower", "`generate` of one token, the whole prompt included"),
+    "reused": Metric("tokens", "higher", "of a prompt, a row, that came from the store"),
+    "stored_per_token": Metric("B/token", "lower", "records in the store, over their tokens"),
     "decode": Metric(
         "ms/token", "lower", "one greedy step of the whole batch; median over the timed steps"
     ),

@@ -1,4 +1,4 @@
-"""Suites end to end on a tiny model: decode, kernel, memory, drift and prefill."""
+"""Suites end to end on a tiny model: decode, kernel, memory, drift, prefill and prefix."""
 
 import itertools
 from dataclasses import replace
@@ -164,3 +164,20 @@ def test_a_suite_is_one_file(config, tmp_path, console, monkeypatch):
     assert "1.000000" in table
     assert [row["error"] for row in rows] == [None, "RuntimeError: the task measured nothing"]
     assert [row["task"] for row in rows] == ["mine", "none"]
+
+
+def test_prefix_end_to_end(config, tmp_path, console):
+    config = replace(config, suite="prefix", strategies=("growing", "int4"), context=(100, 340))
+    rows, table = start(config, tmp_path, console)
+    figure = {(r["strategy"], r["case"], r["metric"], r["context"]): r for r in rows}
+    for name in ("growing", "int4"):
+        for case in ("memory", "file"):
+            assert figure[name, case, "reused", 340]["value"] == 256
+            assert figure[name, case, "reused", 100]["value"] == 0
+            assert figure[name, case, "speedup", 340]["n"] == config.repeats
+        assert figure[name, "first", "first_token", 340]["value"] > 0
+    stored = [figure[x, "file", "stored_per_token", 340]["value"] for x in ("int4", "growing")]
+    assert 2 * 2 * 2 * 16 * 4 <= stored[1] < 1.3 * 2 * 2 * 2 * 16 * 4  # float32, and the header
+    assert stored[0] < stored[1] / 3
+    assert figure[EXACT, "copied", "first_token", 340]["n"] == config.repeats
+    assert "int4, file" in table
