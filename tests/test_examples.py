@@ -138,3 +138,22 @@ def test_serve_openai(run):
         "kvplug run: 3 generate calls: LlamaForCausalLM took host (1); "
         "LlamaForCausalLM named a strategy itself (2)"
     )
+
+
+def test_ask_document(run, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("All work and no play makes Jack a dull boy.\n" * 20)
+    asked = ("--file", str(text), "--store", (tmp_path / "store").as_uri())
+    first, *_ = run("ask_document", "Who?", *asked)
+    again, *_ = run("ask_document", "Why is that so?", *asked)
+    assert first.startswith("0 of 9")
+    assert again.startswith("768 of 9")
+
+
+def test_kept_chat(run, tmp_path):
+    found = []
+    for message in ("Hello! " * 12, "And then?"):
+        head, *_ = run("kept_chat", message, "--folder", str(tmp_path))
+        found.append(int(head.split()[0]))
+    assert found[0] == 0
+    assert found[1] >= 64

@@ -67,7 +67,8 @@ def measure(
     with tempfile.TemporaryDirectory() as folder:
         calls = {(exact, "alone"): alone(session, exact, prompt)}
         calls |= {(Same(), "alone"): alone(session, exact, prompt)}
-        calls |= {(exact, "copied"): copied(session, prompt)}
+        if context > CHUNK:
+            calls |= {(exact, "copied"): copied(session, prompt)}
         stores: dict[tuple, kvplug.Store] = {}
         for i, contender in enumerate(others):
             calls[contender, "alone"] = alone(session, contender, prompt)
