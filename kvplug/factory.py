@@ -175,11 +175,10 @@ def load(folder: str | os.PathLike, model: PreTrainedModel) -> Cache:
 
 def _facts(text: PreTrainedConfig) -> dict[str, Any]:
     """What a cache of one model has that one of another kind has not, in JSON's types."""
-    return {
-        name: x if isinstance(x, int | str | None) else str(x)
-        for name in FACTS
-        for x in [getattr(text, name, None)]
-    }
+    configs = getattr(text, "per_layer_config", None) or [text]
+    facts = {name: [getattr(c, name, None) for c in configs] for name in FACTS}
+    facts = {name: x[0] if len(set(map(str, x))) == 1 else x for name, x in facts.items()}
+    return {name: x if isinstance(x, int | str | None) else str(x) for name, x in facts.items()}
 
 
 def _check_known(theirs: list, strategy: Strategy, config: PreTrainedConfig) -> None:
