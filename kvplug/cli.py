@@ -13,8 +13,8 @@ from .strategy import ALLOWED
 from .units import text_of
 
 STRATEGIES = (
-    "growing", "kvplug:static", "int8", "int4", "int2", "window(length=4096)", "sinks",
-    "sinks+int8", "int4+host", "disk",
+    "growing", "kvplug:static", "int8", "k8v4", "int4", "int3", "int2",
+    "window(length=4096)", "sinks", "sinks+int8", "int4+host", "disk",
 )  # fmt: skip
 
 

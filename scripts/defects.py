@@ -171,13 +171,13 @@ DEFECTS = [
     Defect(
         "a block is encoded a token early",
         "kvplug/layers/growing.py",
-        "n = (len(self.tail) - codec.tail) // codec.block",
-        "n = (len(self.tail) - max(codec.tail - 1, 0)) // codec.block",
+        "n = (len(self.tail) - front - codec.tail) // codec.block",
+        "n = (len(self.tail) - front - max(codec.tail - 1, 0)) // codec.block",
         ("tests/test_layer.py", "tests/test_strategies.py", "-k", "tail or blocks"),
     ),
     Defect(
         "a scale is made for one code more",
-        "kvplug/codecs/affine.py",
+        "kvplug/codecs/quantize.py",
         "scale = -_round_down(-(high - zero.float()) / (2**bits - 1))",
         "scale = -_round_down(-(high - zero.float()) / 2**bits)",
         CODECS,
@@ -191,7 +191,7 @@ DEFECTS = [
     ),
     Defect(
         "a codec claims twice the error it makes",
-        "kvplug/codecs/affine.py",
+        "kvplug/codecs/quantize.py",
         "return scale.float() / 2 + ",
         "return scale.float() + ",
         CODECS,

@@ -7,6 +7,7 @@ from optimum.quanto import MaxOptimizer, qint2, qint4, quantize_weight
 
 import kvplug
 from kvplug import registry
+from kvplug.testing.affine import Affine
 from kvplug.testing.tools import normal
 
 ROWS = (2, 3, 2, 8, 64)  # B, H, N, block, D
@@ -46,9 +47,8 @@ def test_hqq_moves_the_zero():
     """What it is for: less error, where outliers count little, than the range's own grid."""
     x = normal(*ROWS, seed=3)
     x[..., 5] *= 6
-    errors = []
-    for name in ("hqq(block=8, bits=3)", "int(block=8, group=64, v_bits=3)"):
-        codec = kvplug.parse(name).codec
+    plain, errors = Affine(block=8, group=64, v_bits=3), []
+    for codec in (kvplug.parse("hqq(block=8, bits=3)").codec, plain):
         errors.append((codec.decode_side(codec.encode_side(x, 1), 1) - x).abs().pow(0.7).mean())
     assert errors[0] < 0.99 * errors[1]
 

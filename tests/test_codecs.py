@@ -4,9 +4,10 @@ import pytest
 import torch
 
 import kvplug
-from kvplug.codecs.affine import Int8
+from kvplug.codecs.rotated import Int8
 from kvplug.kernels.numba import Numba
 from kvplug.testing import CodecConformance, check_golden
+from kvplug.testing.affine import Affine
 from kvplug.testing.specs import BUILTIN
 
 SPECS = [
@@ -37,8 +38,13 @@ class TestCodecsPerToken(CodecConformance):
         return kvplug.parse(request.param).codec
 
 
+def test_the_codec_that_kernels_are_held_to_keeps_its_format():
+    CodecConformance().test_format(Affine(block=8))
+    CodecConformance().test_bound_says_something(Affine(block=8))
+
+
 class Halved(Int8):
-    """Other bytes: what it reads is twice what `affine` says."""
+    """Other bytes: what it reads is twice what `rotated` says."""
 
     name = "halved"
 
@@ -61,12 +67,12 @@ class Wide(Int8):
 
 
 def test_a_codec_that_decodes_by_itself_has_no_format_of_its_parent():
-    assert (Int8().format, Halved().format) == ("affine", None)
+    assert (Int8().format, Halved().format) == ("rotated", None)
     assert Numba().refuses(Halved()).endswith("'halved' has a format of its own")
 
 
 @pytest.mark.parametrize(
-    ("codec", "wrong"), [(Halved, "affine"), (Wide, "affine"), (Int8, "plain"), (Int8, "other")]
+    ("codec", "wrong"), [(Halved, "rotated"), (Wide, "rotated"), (Int8, "affine"), (Int8, "other")]
 )
 def test_the_suite_finds_a_format_that_is_not_kept(codec, wrong, monkeypatch):
     CodecConformance().test_format(Int8())
@@ -101,7 +107,7 @@ def test_absent_golden_bytes_are_a_failure(tmp_path):
 
 @pytest.mark.parametrize(
     ("spec", "bits"),
-    [("int8", (8, 8)), ("int4", (4, 4)), ("int2", (2, 2))]
+    [("int8", (8, 8)), ("int4", (4, 4)), ("int3", (3, 3)), ("int2", (3, 2)), ("k8v4", (8, 4))]
     + [(f"int(k_bits={k}, v_bits={v})", (k, v)) for k, v in ((3, 5), (5, 6), (6, 3), (8, 3))],
 )
 def test_bits_per_element(spec, bits):
@@ -109,11 +115,11 @@ def test_bits_per_element(spec, bits):
     x = torch.randn(1, 2, 3, codec.block, 64)
     data = codec.encode(x, x)
     held = sum(t.numel() * t.element_size() for t in data.values())
-    # a float16 scale and zero per 64 tokens of a key channel and per 32 channels of a value
-    assert held == x.numel() * sum(bits) // 8 + x.numel() * 4 // 64 + x.numel() * 4 // 32
+    # a float16 scale and zero per 64 tokens of a key channel, a byte per 64 channels of a value
+    assert held == x.numel() * sum(bits) // 8 + x.numel() * 4 // 64 + x.numel() // 64
 
 
-@pytest.mark.parametrize(("head_dim", "group"), [(80, 20), (112, 28), (96, 32), (33, 11), (16, 16)])
+@pytest.mark.parametrize(("head_dim", "group"), [(80, 40), (112, 56), (96, 48), (33, 33), (16, 16)])
 def test_value_group_divides_the_head(head_dim, group):
     codec = kvplug.parse("int4(block=8)").codec
     data = codec.encode(*[torch.randn(1, 1, 1, 8, head_dim)] * 2)
@@ -122,7 +128,7 @@ def test_value_group_divides_the_head(head_dim, group):
 
 def test_packing_is_as_documented():
     """Byte i holds token i in its low half and token i + block/2 in its high half."""
-    codec = kvplug.parse("int4(block=8)").codec
+    codec = kvplug.parse("int4(block=8)").codec  # one channel: nothing is turned
     codes = torch.tensor([0.0, 1, 2, 3, 4, 5, 6, 15])
     data = codec.encode(codes.view(1, 1, 1, 8, 1), torch.zeros(1, 1, 1, 8, 1))
     assert data["k_codes"].flatten().tolist() == [0 | 4 << 4, 1 | 5 << 4, 2 | 6 << 4, 3 | 15 << 4]
@@ -157,21 +163,22 @@ def test_more_bits_less_error():
         codec = kvplug.parse(f"int(k_bits={bits}, v_bits={bits})").codec
         keys, values = codec.decode(codec.encode(x, x))
         errors.append([float((y - x).square().mean()) for y in (keys, values)])
-    # the step is the range of a group by 3, 7, 15, 31, 63, 255
+    # the step is the range of a group by 3, 7, 15, 31, 63, 255; of few bits values are cut off
     steps = [3, 7, 15, 31, 63, 255]
-    for side in (0, 1):
+    for side, least in ((0, 0.9), (1, 0.6)):
         for i in range(5):
             expected = (steps[i + 1] / steps[i]) ** 2
-            assert errors[i][side] > 0.9 * expected * errors[i + 1][side]
+            assert errors[i][side] > least * expected * errors[i + 1][side]
 
 
 @pytest.mark.parametrize("name", ["int8", "int4", "int2"])
 def test_the_bound_is_no_wider_than_it_must_be(name):
+    """That of keys of one channel, to which turning adds nothing."""
     codec = kvplug.parse(name).codec
-    x = torch.randn(1, 2, 4, 64, 64, generator=torch.Generator().manual_seed(0))
-    data = codec.encode(x, x)
-    for side, decoded in enumerate(codec.decode(data)):
-        assert 0.97 < ((decoded - x).abs() / codec.max_error(data, side)).max() <= 1
+    x = torch.randn(1, 2, 64, 64, 1, generator=torch.Generator().manual_seed(0))
+    data = codec.encode_side(x, 0)
+    error = (codec.decode_side(data, 0) - x).abs()
+    assert 0.97 < (error / codec.max_error(data, 0)).max() <= 1
 
 
 def test_keys_and_values_have_their_own_bits():
@@ -181,7 +188,7 @@ def test_keys_and_values_have_their_own_bits():
     assert (keys - x).abs().max() < 0.03 < 0.3 < (values - x).abs().max()
 
 
-@pytest.mark.parametrize("spec", ["int8", "int4", "int2", "int(k_bits=3, v_bits=6)"])
+@pytest.mark.parametrize("spec", ["int8", "int4", "int3", "int(k_bits=3, v_bits=6)"])
 def test_a_compiler_stores_the_same_bytes(spec):
     """It leaves out the cast to float16 and back: the codes must fit the scale that is stored."""
     codec = kvplug.parse(spec).codec
@@ -194,9 +201,11 @@ def test_a_compiler_stores_the_same_bytes(spec):
 @pytest.mark.parametrize(
     "spec",
     [
-        "int8(block=64, tail=0, group=32, k_bits=8, v_bits=8)",
-        "int4(block=64, tail=64, group=32, k_bits=4, v_bits=4)",
-        "int2(block=64, tail=64, group=32, k_bits=2, v_bits=2)",
+        "int8(block=64, tail=0, group=64, first=4, k_bits=8, v_bits=8)",
+        "int4(block=64, tail=64, group=64, first=4, k_bits=4, v_bits=4)",
+        "int3(block=64, tail=64, group=64, first=4, k_bits=3, v_bits=3)",
+        "int2(block=64, tail=64, group=64, first=4, k_bits=3, v_bits=2)",
+        "k8v4(block=64, tail=64, group=64, first=4, k_bits=8, v_bits=4)",
     ],
 )
 def test_a_preset_in_full_is_that_preset(spec):
@@ -212,6 +221,7 @@ def test_a_preset_in_full_is_that_preset(spec):
         ("int8(k_bits=2)", "int(tail=0, k_bits=2, v_bits=8)"),
         ("int4(tail=8, group=16, v_bits=2)", "int(tail=8, group=16, v_bits=2)"),
         ("int2(k_bits=4, v_bits=4)", "int"),
+        ("k8v4(k_bits=4)", "int"),
     ],
 )
 def test_a_preset_has_the_bits_of_its_name(spec, written):
@@ -238,4 +248,4 @@ def test_bfloat16_does_not_wrap():
         x = (x * 37).bfloat16()
         keys, values = codec.decode(codec.encode(x, x))
         assert (keys - x).abs().max() < 1
-        assert (values - x).abs().max() < 1
+        assert (values - x).abs().max() < 3

@@ -11,6 +11,7 @@ import torch._dynamo.testing
 import kvplug
 from kvplug.compat import StaticLayer, cache_argument, output_cache
 from kvplug.layers import static, static_coded
+from kvplug.layers.buffer import Buffer
 from kvplug.testing import tiny_llama
 from kvplug.testing.architectures import make
 from kvplug.testing.tools import assert_close, normal, prompt, same
@@ -65,7 +66,15 @@ def test_turns_are_those_of_a_cache_that_was_long_enough(name, spec):
         assert a.get_max_length() == b.get_max_length()
         assert same(a.keys, b.keys)
         assert same(a.values, b.values)
-    assert grown.nbytes() <= long.nbytes()  # a tail keeps what a long prompt has left idle
+    assert grown.nbytes() <= long.nbytes() + sum(map(_idle, long.layers))
+
+
+def _idle(layer):
+    """Bytes of the rows that a tail may keep idle: see `Buffer.drop_first`."""
+    tail = getattr(layer, "tail", None)
+    if not isinstance(tail, Buffer):
+        return 0
+    return sum(32 * x[:, :, :1].nbytes for x in tail.tensors.values())
 
 
 def test_a_window_that_had_no_room_to_slide_slides():
@@ -183,7 +192,7 @@ def _alike(a, b):
 
 
 @pytest.mark.parametrize(
-    "spec", ["static", "static+int8(block=8)", "static+int4(block=8, tail=8)+disk"]
+    "spec", ["static", "static+int8(block=8)", "static+int4(block=8, tail=4)+disk"]
 )
 def test_the_room_before_is_given_back(spec):
     cache = filled(spec, 24)
@@ -280,8 +289,9 @@ def test_a_compiled_step_is_compiled_once_more(spec, backend):
                 decode(prompt(1), cache)
     torch._dynamo.reset()
     for a, b in zip(cache.layers, eager.layers, strict=True):
-        codes = (a.keys - b.keys).abs() > 1e-4
-        assert int(codes.sum()) <= (0 if cache_is_exact else 8)
+        off = (a.keys - b.keys).abs() > 1e-4
+        # one code tips a token, one zero or scale a block, of which 8 tokens of 16 channels
+        assert int(off.sum()) <= (0 if cache_is_exact else 2 * 8 * 16)
 
 
 def test_a_cache_grows_between_inference_mode_and_the_rest():

@@ -122,7 +122,7 @@ def test_two_python_threads_at_once():
 
 
 @pytest.mark.parametrize(
-    "spec", ["int8", "int4", "int2", "int4(block=128)", "int(k_bits=8, v_bits=2)"]
+    "spec", ["int8", "int4", "k8v4", "int4(block=128)", "int(k_bits=2, v_bits=2)"]
 )
 @pytest.mark.parametrize("head_dim", [32, 64, 96, 128, 256])
 def test_codes_become_floats_in_registers(spec, head_dim):

@@ -54,7 +54,7 @@ def test_disk_leaves_nothing_behind(folder):
     model.generate(prompt(40), **cache_argument(cache), max_new_tokens=4, do_sample=False)
     assert list(folder.iterdir()) == [], "files have no name"
     n = len(mapped(folder))
-    assert n == 12, "six tensors of each layer"
+    assert n == 10, "five tensors of each layer"
     twin = copy.deepcopy(cache)
     assert len(mapped(folder)) == 2 * n
     del cache

@@ -16,7 +16,7 @@ CODECS = ["exact(block=8)", "int8(block=8)", "int4(block=8, tail=8)", "int(block
 PLACES = ["device", "host", "disk"]
 BATCHES = {
     "one row": ([45], {}),
-    "left-padded batch of 4": ([45, 52, 40, 47], {}),
+    "left-padded batch of 4": ([45, 52, 44, 47], {}),
     "beams": ([45], {"num_beams": 3}),
     "beams of a padded batch": ([45, 52], {"num_beams": 2}),
     "sequences returned": ([45], {"num_beams": 4, "num_return_sequences": 2}),
@@ -71,7 +71,7 @@ def test_warm_is_cold(model, codec, place, kind, batch, tmp_path):
     lengths, kwargs = BATCHES[batch]
     inputs, spec = rows(*lengths), f"{codec}+{place}"
     store = kvplug.store.open(a_url(kind, tmp_path))
-    half = {name: x[:, :26] if len(lengths) == 1 else x for name, x in inputs.items()}
+    half = {name: x[:, :30] if len(lengths) == 1 else x for name, x in inputs.items()}
     cold = answer(model, inputs, spec, {"store": store}, **kwargs)
     assert (store.stats()["reused_tokens"], store.stats()["saved"] > 0) == (0, True)
     warm = answer(model, inputs, spec, {"store": store}, **kwargs)
@@ -93,7 +93,7 @@ def test_who_was_first_makes_no_difference(model):
     for spec in ("int4(block=8, tail=8)+host", "int4(block=8, tail=8)+disk+reference"):
         before = store.stats()["reused_tokens"]
         assert torch.equal(answer(model, inputs, spec, {"store": store})[0], cold[0])
-        assert store.stats()["reused_tokens"] == before + 32
+        assert store.stats()["reused_tokens"] == before + 4 + 32  # the first tokens, two chunks
     batch = rows(45, 52)
     alone = answer(model, batch, "int4(block=8, tail=8)", {"store": kvplug.Store("memory://")})
     before = store.stats()["hits"]
@@ -124,17 +124,20 @@ def test_the_cache_goes_on_and_says_what_it_reused(model):
         reused = cache.stats()["reused_tokens"]
         twin = copy.deepcopy(cache)
         ends += [model.generate(ids, **cache_argument(c), **new).sequences for c in (cache, twin)]
-    assert reused == 32
+    assert reused == 4 + 32
     assert all(torch.equal(x, ends[0]) for x in ends)
     built = kvplug.build("int8(block=8)", model.config, cache_config=config)
     again = model.generate(prompt(45), **cache_argument(built), **new).sequences
     assert torch.equal(again, out.sequences)
-    assert built.stats()["reused_tokens"] == 32
+    assert built.stats()["reused_tokens"] == 4 + 32
 
 
-@pytest.mark.parametrize("spec", ["exact(block=8)", "int8(block=8)", "int4(block=8, tail=8)+host"])
+@pytest.mark.parametrize(
+    ("spec", "reused"),
+    [("exact(block=8)", 48), ("int8(block=8)", 4 + 48), ("int4(block=8, tail=8)+host", 4 + 32)],
+)
 @pytest.mark.parametrize("window", [6, 21])
-def test_sliding_layers(spec, window):
+def test_sliding_layers(spec, reused, window):
     """Windows shorter than a chunk are stored whole at its end, others as they come."""
     model = make("gemma3, sliding")
     config = copy.deepcopy(model.config)
@@ -144,7 +147,7 @@ def test_sliding_layers(spec, window):
     options = {"pad_token_id": 0}
     cold = answer(model, inputs, spec, {"store": store}, **options)
     warm = answer(model, inputs, spec, {"store": store}, **options)
-    assert store.stats()["reused_tokens"] == 48
+    assert store.stats()["reused_tokens"] == reused
     assert equal(warm, cold)
     if spec.startswith("exact"):
         assert torch.equal(cold[0], answer(model, inputs, **options)[0])
@@ -247,7 +250,7 @@ def mutated(data, n):
 
 def test_a_thousand_bad_records(tmp_path):
     """Bits, truncation, records under each other's names: never a wrong answer, never an error."""
-    model, inputs, spec = tiny_llama(num_hidden_layers=1), rows(33), "int8(block=8)"
+    model, inputs, spec = tiny_llama(num_hidden_layers=1), rows(37), "int8(block=8)"
     store = kvplug.Store(tmp_path.as_uri())
     told = {"store": store, "chunk": 16}
     new = {"max_new_tokens": 1, "do_sample": False, "output_logits": True}

@@ -62,9 +62,9 @@ def test_import_is_lazy():
     new, later = json.loads(fresh(code).stdout)
     heavy = ("numba", "triton", "optimum", "quanto", "hqq", "pytest", "hypothesis", "datasets")
     assert not [m for m in new if m.split(".")[0] in heavy]
-    for name in ("codecs.affine", "placement.disk", "placement.host", "testing", "cli"):
+    for name in ("codecs.rotated", "placement.disk", "placement.host", "testing", "cli"):
         assert f"kvplug.{name}" not in new
-    assert "kvplug.codecs.affine" in later
+    assert "kvplug.codecs.rotated" in later
     assert "kvplug.placement.disk" not in later
 
 

@@ -53,8 +53,8 @@ def compiled_scalars(x, i, out):
 
 
 @njit
-def compiled_half(x, out):
-    simd.store(out, 0, simd.spread_half(x))
+def compiled_bits(x, i, out):
+    simd.store(out, 0, simd.load_bits(x, i))
 
 
 def answer(function, *args):
@@ -121,5 +121,11 @@ def test_scalars():
             expected = [x.view(np.float32)[i], halves[i], brains[i]]
             assert np.array_equal(out[:3], np.array(expected, np.float32), equal_nan=True)
             assert byte == x.view(np.uint8)[i]
-        for function in (compiled_half, compiled_half.py_func):
-            assert np.array_equal(answer(function, x[i:]), np.full_like(out, halves[i]), True)
+
+
+def test_bits():
+    x = np.arange(256, dtype=np.uint8)
+    expected = np.unpackbits(x, bitorder="little").astype(np.float32)
+    for i in range(0, len(expected), LANES):
+        for function in (compiled_bits, compiled_bits.py_func):
+            assert np.array_equal(answer(function, x, i), expected[i : i + LANES])

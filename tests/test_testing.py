@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import kvplug
-from kvplug.codecs.affine import Int8
+from kvplug.codecs.rotated import Int8
 from kvplug.layers.buffer import Buffer
 from kvplug.layers.growing import Layer
 from kvplug.testing import (

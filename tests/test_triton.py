@@ -136,7 +136,15 @@ def test_shares_of_the_columns_merge(monkeypatch, kernel, codec, masked):
     ],
 )
 @pytest.mark.parametrize(
-    "codec", ["int8", "int4", "int2", "int(k_bits=8, v_bits=4)", "int(k_bits=4, v_bits=2)", "exact"]
+    "codec",
+    [
+        "int8",
+        "int4",
+        "int(k_bits=2, v_bits=2)",
+        "int(k_bits=8, v_bits=4)",
+        "int(k_bits=4, v_bits=2)",
+        "exact",
+    ],
 )
 def test_default_blocks(kernel, codec, Dk, Dv, dtype):
     """Blocks of 64 tokens, groups of 32 channels, common head dims, a mask of the query's dtype."""
@@ -236,20 +244,20 @@ def test_masks_are_not_copied(monkeypatch, kernel):
 
 
 def test_refuses():
-    class Other(kvplug.codecs.affine.Int8):
+    class Other(kvplug.codecs.rotated.Int8):
         name = "other"
 
         def decode_side(self, data, side):
             return super().decode_side(data, side)
 
     cpu, gpu = torch.device("cpu"), torch.device("cuda")
-    for spec in ("int8", "int4", "int2", "exact"):
+    for spec in ("int8", "int4", "k8v4", "exact"):
         assert package.Triton().refuses(coded(spec)) is None
         assert package.Triton().refuses(coded(spec), gpu, torch.bfloat16) is None
-    reads = "reads blocks of the formats plain and affine; 'other' has a format of its own"
+    reads = "reads blocks of the formats plain, affine, rotated; 'other' has a format of its own"
     assert package.Triton().refuses(Other()) == reads
     refusal = package.Triton().refuses(coded("int(k_bits=3, v_bits=6)"))
-    assert refusal.endswith("'int(k_bits=3, v_bits=6)' has the format affine_planes")
+    assert refusal.endswith("'int(k_bits=3, v_bits=6)' has the format rotated_planes")
     refusal = package.Triton().refuses(coded("int8"), gpu, torch.float64)
     assert refusal == "reads float32, float16 and bfloat16, not torch.float64"
     refusal = package.Triton().refuses(coded("int8"), cpu)

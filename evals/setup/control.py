@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 import kvplug
 from evals.setup.contenders import Contender, Rival
-from kvplug.codecs.affine import Int2
+from kvplug.codecs.rotated import Int2
 from kvplug.spec import parse
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ class SelfCheckFailed(AssertionError):
 
 @dataclass(frozen=True)
 class BrokenCodec(Int2):
-    """2-bit integers whose zero points went to the wrong channels."""
+    """2-bit integers whose zero points and scales went to the wrong channels and tokens."""
 
     name: ClassVar[str] = "broken"
     tail: int = 0
@@ -41,8 +41,8 @@ class BrokenCodec(Int2):
 
     def encode_side(self, x: Tensor, side: int) -> dict[str, Tensor]:
         data = super().encode_side(x, side)
-        zero = "kv"[side] + "_zero"
-        return data | {zero: data[zero].flip(3 + side)}
+        name = ("k_zero", "v_scale")[side]  # of channels, of tokens
+        return data | {name: data[name].flip(3)}
 
 
 @dataclass(frozen=True)

@@ -18,9 +18,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Stored:
-    """Columns of attention in order: sinks, encoded blocks, full-precision tail.
+    """Columns of attention in order: first tokens, encoded blocks, full-precision tail.
 
-    head: keys [B, H, F, Dk] and values [B, H, F, Dv] of the sinks (first tokens), or None
+    head: keys [B, H, F, Dk] and values [B, H, F, Dv] of the first tokens (sinks), or None
     blocks: encoded tensors [B, H, N, ...] on the device that computes; `skip` tokens of the first
         block are hidden
     tail: keys [B, H, R, Dk] and values [B, H, R, Dv], the newest, those of this very call included
@@ -28,6 +28,8 @@ class Stored:
     new: of the tail, the tokens of this very call
     visible: [B, H, T - new] bool, which columns before these a query may see, where transformers'
         mask does not say it; None where it does
+    starts: [B], where `head` has the first tokens of rows that begin at these columns: read as a
+        dense tensor, they stand there, and transformers' mask holds. None: `head` is columns 0 to F
     """
 
     codec: Codec
@@ -38,6 +40,7 @@ class Stored:
     empty: int = 0
     new: int = 0
     visible: Tensor | None = None
+    starts: Tensor | None = None
 
     @property
     def block_count(self) -> int:
@@ -87,8 +90,21 @@ class Stored:
             decoded = self.codec.decode_side(self.blocks, side).flatten(2, 3)
             pieces.append(decoded[:, :, self.skip :].to(tail.dtype))
         empty = tail.new_zeros(*tail.shape[:2], self.empty, tail.shape[-1])
-        return torch.cat([*pieces, tail, empty], dim=2)
+        dense = torch.cat([*pieces, tail, empty], dim=2)
+        return dense if self.starts is None else placed(self.head[side], dense, 0, self.starts)
 
     def dense(self) -> tuple[Tensor, Tensor]:
         """Both sides."""
         return self.side(0), self.side(1)
+
+
+def placed(first: Tensor, x: Tensor, column: int, starts: Tensor) -> Tensor:
+    """The columns `column` and on, x [B, H, n, D], with the first tokens of rows in their places.
+
+    first: [B, H, F, D]; starts: [B], the column of the first of them.
+    """
+    F = first.shape[2]
+    i = torch.arange(column, column + x.shape[2], device=x.device) - starts[:, None]  # [B, n]
+    here = ((i >= 0) & (i < F))[:, None, :, None]
+    i = i.clamp(0, F - 1)[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[-1])
+    return torch.where(here, first.gather(2, i), x)

@@ -155,7 +155,7 @@ class View(torch.Tensor):
 
     def materialise(self, reason: str) -> Tensor:
         """The dense tensor of this view's shape; counted under `reason` where it must be made."""
-        if self.stored.visible is not None:
+        if self.stored.visible is not None and self.stored.starts is None:
             raise ViewError(
                 f"{reason} reads the cache as a dense tensor, for which transformers' mask is not "
                 "right where rows are padded and heads hold different tokens; use "
@@ -282,7 +282,7 @@ def _attend(
     graph = recorded(query, *stored.tail) and not kernel.differentiable
     # tokens as they came: torch's own attention has the gradient, and is faster for many queries
     plain = stored.is_plain and not kernel.reads_plain(query.shape[2], stored.length)
-    if plain or (graph and not stored.block_count):
+    if plain or (graph and not stored.block_count and stored.starts is None):
         if not stored.is_plain:
             call.stats.materialise(SDPA.__name__)
         gqa = query.shape[1] != stored.tail[0].shape[1]

@@ -20,7 +20,7 @@ class Codec(Stage):
 
     A block is encoded once and its bytes never change. The newest `tail` tokens, and those that do
     not fill a block yet, stay in full precision: at most `tail + block - 1` of them after each
-    call.
+    call. So do the first `first` tokens of each row, to which all later ones attend.
 
     A codec writes the three methods that take a `side`: 0 for keys, 1 for values. `encode_side` and
     `decode_side` are pure functions of their arguments, in plain torch (they are compiled with the
@@ -40,6 +40,7 @@ class Codec(Stage):
 
     block: int
     tail: int
+    first = 0  # a codec that has the option says so
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 import torch
 
 from ..stage import option
-from .affine import _pack as pack
 from .base import Codec, Encoded
 from .formats import unpack
+from .quantize import pack
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -63,7 +63,7 @@ class Kernel(Stage):
         if self.formats is None or codec.format in self.formats:
             return None
         has = f"has the format {codec.format}" if codec.format else "has a format of its own"
-        return f"reads blocks of the formats {' and '.join(self.formats)}; {str(codec)!r} {has}"
+        return f"reads blocks of the formats {', '.join(self.formats)}; {str(codec)!r} {has}"
 
     def reads_plain(self, S: int, T: int) -> bool:
         """Whether it reads T plain tokens for S new ones faster than torch's own attention."""

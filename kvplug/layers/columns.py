@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from ..attention.gradients import recorded, refuse
-from ..attention.stored import Stored
+from ..attention.stored import Stored, placed
 from ..attention.view import Watch, views
 from .base import AttentionLayer
 
@@ -32,7 +32,10 @@ class Columns(AttentionLayer):
 
     What is stored is blocks, then tail; what a query may see is a suffix of the columns, so that
     the mask transformers builds for a suffix is right whatever retention drops. Sinks, the first
-    tokens of a row where retention keeps them, are read in the place of the oldest visible ones.
+    tokens of a row, which retention or the codec keeps, are read in the place of the oldest visible
+    ones: of those that retention has dropped, or, before it drops any, of the columns before the
+    first block. There a row that is padded has them instead of padding, and the layer says itself
+    what is visible.
 
     blocks: a `Buffer` of encoded tensors [B, H, N, ...]; tail: one of keys and values [B, H, R, D]
     padding: [B] leading padding tokens of each row
@@ -46,6 +49,8 @@ class Columns(AttentionLayer):
     padding: Tensor | None
     seen: int
     is_initialized: bool
+    _padded: bool  # whether a row has padding
+    _last_sink: int  # columns after which all rows have shown their sinks
     _fetched: Encoded | None  # blocks under way to the device
 
     def held(self) -> int:
@@ -55,7 +60,7 @@ class Columns(AttentionLayer):
         if not self.is_initialized:
             return 0, 0, None
         blocks = self.blocks.read() if len(self.blocks) else None
-        return self._first_stored(), self._tail_start(), blocks
+        return self._first_coded(), self._tail_start(), blocks
 
     @property
     def keys(self) -> Tensor | None:
@@ -71,16 +76,27 @@ class Columns(AttentionLayer):
         first = self._first_visible()
         if not self._has_sinks(first):
             return self._read(first, self.seen, side).clone()
-        start = first + self.sinks.count
+        start = first + self.strategy.retention.first
         return torch.cat((self._sinks_at(first)[side], self._read(start, self.seen, side)), dim=2)
 
     def _tail_start(self) -> int:
         """The column of the oldest token in the tail."""
         return self.seen - len(self.tail)
 
+    def _first_coded(self) -> int:
+        """The oldest column in a block, or in the tail where there is none."""
+        return self._tail_start() - len(self.blocks) * self.strategy.codec.block
+
+    def _front(self) -> int:
+        """How many columns from the first one on are held by `sinks` alone."""
+        sinks = self.sinks
+        if sinks is None or sinks.keys is None or self.seen < self._last_sink:
+            return 0
+        return sinks.count if self._first_coded() == sinks.count else 0
+
     def _first_stored(self) -> int:
         """The oldest column still stored."""
-        return self._tail_start() - len(self.blocks) * self.strategy.codec.block
+        return 0 if self._front() else self._first_coded()
 
     def _first_visible(self, n: int = 0) -> int:
         """The oldest column that the next query can see; were the newest n tokens removed."""
@@ -90,17 +106,17 @@ class Columns(AttentionLayer):
         return max(0, self.seen - n - (retention.newest - 1) - retention.first)
 
     def _has_sinks(self, first: int) -> bool:
-        """Whether sinks stand at the columns `first` and on."""
-        return self.sinks is not None and first > 0
+        """Whether sinks stand at the columns `first` and on, in the place of what was dropped."""
+        return first > 0 and self.strategy.retention.first > 0
 
     def _sinks_at(self, first: int) -> tuple[Tensor, Tensor]:
         """Keys and values [B, H, count, D] of the sinks, as they stand from column `first` on."""
-        last = first + self.sinks.count
+        last = first + self.strategy.retention.first
 
         def own() -> tuple[Tensor, Tensor]:
             return self._read(first, last, 0), self._read(first, last, 1)
 
-        return self.sinks.at(first, self.padding, own)
+        return self.sinks.at(first, self.strategy.retention.first, self.padding, own)
 
     def _visible(
         self, first: int, S: int, graph: tuple[Tensor, Tensor] | None
@@ -109,16 +125,28 @@ class Columns(AttentionLayer):
 
         graph: the new tokens, where autograd records them and what is stored passes no gradient.
         """
-        head, start = None, first
+        head, start, starts = None, first, None
+        visible = self._visible_columns()
         if self._has_sinks(first):
-            head, start = self._sinks_at(first), first + self.sinks.count
+            head, start = self._sinks_at(first), first + self.strategy.retention.first
+        if start < (front := self._front()):
+            own = self.sinks.keys, self.sinks.values
+            if start:
+                own = tuple(self._own_front(side)[:, :, start:] for side in (0, 1))
+            elif self._padded:
+                starts, visible = self.padding, self._beside_sinks(self.seen - S)
+            both = zip(head, own, strict=True) if head else ()
+            head = tuple(torch.cat(pair, dim=2) for pair in both) or own
+            start = front
         blocks, skip = self._blocks_from(start)
         rows = self.tail.read(max(0, start - self._tail_start()))
         tail = rows["k"], rows["v"]
         if graph is not None:
             tail = refuse(self.strategy, graph, tail)
-        visible, watch = self._visible_columns(), self._watch(S)
-        stored = Stored(self.strategy.codec, head, blocks, skip, tail, new=S, visible=visible)
+        watch = self._watch(S)
+        stored = Stored(
+            self.strategy.codec, head, blocks, skip, tail, new=S, visible=visible, starts=starts
+        )
         if blocks or watch or self._kernel_reads(S, stored):
             return views(stored, self.kernel, self.stats, watch)
         return stored.dense()
@@ -126,6 +154,16 @@ class Columns(AttentionLayer):
     def _visible_columns(self) -> Tensor | None:
         """Which columns before the new ones a query may see, [B, H, T]; None: as the mask says."""
         return None
+
+    def _beside_sinks(self, T: int) -> Tensor:
+        """Of columns 0 to T: the sinks, and what comes after them in each row, [B, 1, T]."""
+        column, F = torch.arange(T, device=self.device), self.sinks.count
+        return ((column < F) | (column >= F + self.padding[:, None]))[:, None]
+
+    def _own_front(self, side: int) -> Tensor:
+        """Keys or values [B, H, F, D] of the columns before the first block, as they came."""
+        first = (self.sinks.keys, self.sinks.values)[side]
+        return placed(first, torch.zeros_like(first), 0, self.padding)
 
     def _watch(self, S: int) -> Watch | None:
         """Who wants to see the queries of S new tokens."""
@@ -140,11 +178,19 @@ class Columns(AttentionLayer):
 
     def _read(self, begin: int, end: int, side: int) -> Tensor:
         """Columns begin:end of keys (0) or values (1), decoded, without sinks: [B, H, n, D]."""
-        blocks, skip = self._blocks_from(begin, end)
+        front = self._front()
+        coded = max(begin, front)
+        blocks, skip = self._blocks_from(coded, end)
         tail_start = self._tail_start()
-        tail = self.tail.read(max(0, begin - tail_start), max(0, end - tail_start))
+        tail = self.tail.read(max(0, coded - tail_start), max(0, end - tail_start))
         stored = Stored(self.strategy.codec, None, blocks, skip, (tail["k"], tail["v"]))
-        return stored.side(side)[:, :, : end - begin]
+        read = stored.side(side)
+        if begin < front:
+            read = torch.cat((self._own_front(side)[:, :, begin:], read), dim=2)
+            if self._padded:
+                first = (self.sinks.keys, self.sinks.values)[side]
+                read = placed(first, read, begin, self.padding)
+        return read[:, :, : end - begin]
 
     def _blocks_from(self, column: int, end: int | None = None) -> tuple[dict[str, Tensor], int]:
         """Blocks, on the device, from the one with `column` on; how many of its tokens precede.
@@ -154,9 +200,9 @@ class Columns(AttentionLayer):
         if column >= self._tail_start():
             return {}, 0
         block = self.strategy.codec.block
-        n, skip = divmod(column - self._first_stored(), block)
+        n, skip = divmod(column - self._first_coded(), block)
         if end is not None:
-            last = -((self._first_stored() - end) // block)  # rounded up
+            last = -((self._first_coded() - end) // block)  # rounded up
             blocks = self.blocks.read(n, min(last, len(self.blocks)))
         elif self._fetched is None:
             blocks = self.blocks.read(n)

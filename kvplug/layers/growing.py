@@ -46,7 +46,7 @@ class Layer(Columns, CacheLayerMixin):
             self.is_sliding = True
         self.slot, self.strategy, self.place, self.stats = slot, strategy, slot.place, slot.stats
         self.cuts_blocks = strategy.codec.cuts_blocks or not strategy.placement.on_device
-        first = strategy.retention.first
+        first = max(strategy.retention.first, strategy.codec.first if self.cuts_blocks else 0)
         self.sinks = SinkTokens(first, slot.turn) if first else None
         self.padding: Tensor | None = None  # [B] leading padding tokens of each row
         self._forget()
@@ -71,6 +71,7 @@ class Layer(Columns, CacheLayerMixin):
             self.padding = torch.zeros(key_states.shape[0], dtype=torch.long, device=self.device)
         elif self.sinks is not None:
             deepest = int(self.padding.max())
+        self._padded = deepest > 0
         self._last_sink = deepest + self.sinks.count if self.sinks is not None else 0
         self.is_initialized = True
 
@@ -82,7 +83,8 @@ class Layer(Columns, CacheLayerMixin):
             room = min(room, retention.first + retention.newest + codec.block)
         if not self.cuts_blocks:
             return room, 0
-        return min(room, codec.tail + codec.block), -(-room // codec.block)
+        first = self.sinks.count if self.sinks is not None else 0
+        return min(room, first + codec.tail + codec.block), -(-room // codec.block)
 
     def resize(self, limit: int) -> None:
         super().resize(limit)
@@ -202,8 +204,11 @@ class Layer(Columns, CacheLayerMixin):
         if not self.is_initialized:
             return
         self._check_rollback(n)
-        while n > len(self.tail):
+        back = self._front() and self.seen - n < self._last_sink
+        while len(self.blocks) and (back or n > len(self.tail)):
             self._reopen_last_block()
+        if back:
+            self._reopen_front()
         self._drop_last(n)
         self._settle()
 
@@ -237,8 +242,7 @@ class Layer(Columns, CacheLayerMixin):
         if not self.is_initialized:
             return state | {"padding": self.padding}
         state |= nest("tail", self.tail.read()) | nest("blocks", self.blocks.read())
-        sinks = {} if self.sinks is None else {"k": self.sinks.keys, "v": self.sinks.values}
-        return state | nest("sinks", sinks) | {"padding": self.padding}
+        return state | nest("sinks", self._first_tokens()) | {"padding": self.padding}
 
     def load_state(self, state: State) -> None:
         self.reset()
@@ -248,8 +252,7 @@ class Layer(Columns, CacheLayerMixin):
             self.lazy_initialization(tail["k"], tail["v"])
             self.tail.load(tail)
             self.blocks.load(rows(state, "blocks"))
-        for name, x in rows(state, "sinks").items():
-            setattr(self.sinks, {"k": "keys", "v": "values"}[name], x.clone())
+            self._load_first_tokens(state, self.device)
         self.seen, self.record_past = state["seen"], state["record_past"]
 
     # --- prefixes
@@ -259,17 +262,26 @@ class Layer(Columns, CacheLayerMixin):
     def seal(self) -> None:
         self._settle(tail=0)
 
+    @property
+    def before_blocks(self) -> int:
+        return self.sinks.count if self.cuts_blocks and self.sinks is not None else 0
+
     def chunk(self, begin: int, end: int) -> dict[str, Tensor]:
-        tail = nest("tail", self.tail.read(len(self.tail)))  # of no tokens: says dtype and sizes
-        window, codec = self.strategy.retention.newest, self.strategy.codec
+        window, block, F = self.strategy.retention.newest, self.strategy.codec.block, self._front()
+        sinks = nest("sinks", self._first_tokens()) if F else {}
+        tail = {f"{NOW}{name}": x for name, x in nest("tail", self.tail.read()).items()}
         if window is not None and window <= end - begin:  # some have left it already
-            held = nest("tail", self.tail.read()) | nest("blocks", self.blocks.read())
-            return {f"{NOW}{name}": x for name, x in held.items()}
-        n = (end - begin) // codec.block
+            held = sinks | nest("blocks", self.blocks.read())
+            return tail | {f"{NOW}{name}": x for name, x in held.items()}
         if self.cuts_blocks:
-            return tail | nest("blocks", self.blocks.read(len(self.blocks) - n))
-        rows = self.tail.read(len(self.tail) - n * codec.block)  # as blocks, as elsewhere
-        return tail | nest("blocks", codec.encode(*(rows[x].unflatten(2, (n, -1)) for x in "kv")))
+            n = (end - F) // block - max(0, begin - F) // block
+            new = nest("blocks", self.blocks.read(len(self.blocks) - n))
+            return tail | new | (sinks if begin == 0 else {})
+        # as blocks, as elsewhere; before them what fills none
+        rows, start = self.tail.read(len(self.tail) - (end - begin)), (end - begin) % block
+        first = {name: x[:, :, :start] for name, x in rows.items()}
+        keys, values = (rows[name][:, :, start:].unflatten(2, (-1, block)) for name in "kv")
+        return nest("tail", first) | nest("blocks", self.strategy.codec.encode(keys, values))
 
     def load_chunks(self, chunks: dict[str, Tensor], end: int, device: torch.device) -> None:
         whole = {name.removeprefix(NOW): x for name, x in chunks.items()}
@@ -278,12 +290,20 @@ class Layer(Columns, CacheLayerMixin):
         blocks = rows(whole, "blocks")
         if not self.cuts_blocks and blocks:
             pair = zip("kv", self.strategy.codec.decode(blocks), strict=True)
-            before = {name: x.flatten(2, 3).to(device) for name, x in pair}
-            tail, blocks = {name: torch.cat((before[name], tail[name]), 2) for name in "kv"}, {}
+            after = {name: x.flatten(2, 3).to(device) for name, x in pair}
+            tail, blocks = {name: torch.cat((tail[name], after[name]), 2) for name in "kv"}, {}
         self.tail.load(tail)
         self.blocks.load(blocks)
+        self._load_first_tokens(whole, device)
         self.seen = end
         self._evict()
+
+    def _first_tokens(self) -> dict[str, Tensor | None]:
+        return {} if self.sinks is None else {"k": self.sinks.keys, "v": self.sinks.values}
+
+    def _load_first_tokens(self, state: State, device: torch.device) -> None:
+        for name, x in rows(state, "sinks").items():
+            setattr(self.sinks, {"k": "keys", "v": "values"}[name], x.to(device, copy=True))
 
     # --- encoding, dropping, taking back
 
@@ -298,17 +318,22 @@ class Layer(Columns, CacheLayerMixin):
         self._evict()
         if not self.cuts_blocks:
             return
-        n = (len(self.tail) - tail) // codec.block
-        if n > 0:
-            rows = self.tail.read(0, n * codec.block)
+        # the first tokens leave before the first block does
+        front = self.sinks.count if self.sinks is not None and not self._first_stored() else 0
+        front -= self._front()
+        n = (len(self.tail) - front - tail) // codec.block
+        if n > 0 and (not front or self.seen >= self._last_sink):  # those of all rows have come
+            rows = self.tail.read(front, front + n * codec.block)
             keys, values = (rows[x].unflatten(2, (n, codec.block)) for x in ("k", "v"))
             self.blocks.append(codec.encode(keys, values))
-            self.tail.drop_first(n * codec.block)
+            self.tail.drop_first(front + n * codec.block)
             self.stats.blocks_encoded += n
 
     def _evict(self) -> None:
         """Drop what no later query can see: whole blocks, then of the tail."""
-        gone = self._first_visible() - self._first_stored()
+        if self._first_visible() < self._front():
+            return  # some of what `sinks` holds is visible in its own place
+        gone = self._first_visible() - self._first_coded()
         if gone > 0:
             block = self.strategy.codec.block
             blocks = min(gone // block, len(self.blocks))
@@ -324,6 +349,12 @@ class Layer(Columns, CacheLayerMixin):
         self.blocks.drop_last(1)
         opened = {"k": torch.cat((keys.flatten(2, 3).to(self.dtype), rows["k"]), dim=2)}
         opened["v"] = torch.cat((values.flatten(2, 3).to(self.dtype), rows["v"]), dim=2)
+        self.tail.clear()
+        self.tail.append(opened)
+
+    def _reopen_front(self) -> None:
+        """Give the columns before the first block back to the tail, there being no block."""
+        opened = {name: self._read(0, self.seen, side) for side, name in enumerate("kv")}
         self.tail.clear()
         self.tail.append(opened)
 

@@ -41,6 +41,7 @@ class ScoredLayer(Layer):
     def __init__(self, slot: Slot) -> None:
         self.retention = slot.strategy.retention
         super().__init__(slot)
+        self.sinks = None  # which tokens stay is for the method to say, those of the codec too
 
     def _forget(self) -> None:
         super()._forget()

@@ -1,4 +1,4 @@
-"""The first tokens of every row, kept while the window slides on: attention sinks."""
+"""The first tokens of every row, kept as they came: attention sinks."""
 
 from __future__ import annotations
 
@@ -46,9 +46,9 @@ class SinkTokens:
             self.values = torch.where(here, _gather(values, column), self.values)
 
     def at(
-        self, column: int, padding: Tensor, own: Callable[[], tuple[Tensor, Tensor]]
+        self, column: int, n: int, padding: Tensor, own: Callable[[], tuple[Tensor, Tensor]]
     ) -> tuple[Tensor, Tensor]:
-        """Keys and values [B, H, count, D] for the columns `column` and on.
+        """The first n, keys and values [B, H, n, D], for the columns `column` and on.
 
         own: reads what rows that have not overflowed have there themselves; called only where there
             are such rows.
@@ -56,7 +56,7 @@ class SinkTokens:
         by = column - padding
         with lasting():  # a rotation remembers its angles
             keys, values = (
-                x if rotation is None else rotation.shift(x, by)
+                x[:, :, :n] if rotation is None else rotation.shift(x[:, :, :n], by)
                 for x, rotation in zip((self.keys, self.values), self.turn, strict=True)
             )
         overflowed = by > 0

@@ -31,7 +31,9 @@ class StaticCodedLayer(StaticLayer):
 
     blocks: encoded tensors [B, H, N + 1, ...] for N = ceil(max_cache_len / block); the last one is
         a spare
-    tail: keys and values [B, H, R, D] of R = codec.tail + block tokens, the oldest first
+    tail: keys and values [B, H, R, D] of R = F + codec.tail + block tokens, the oldest first; the
+        first F = codec.first of them stay: blocks begin at column F. Of a row that is padded these
+        are padding, and its first tokens are encoded
 
     A compiled step encodes the oldest block of the tail each time and writes it to its place when
     it is due, to the spare block when it is not: no branch, so one graph. It decodes one layer at a
@@ -45,6 +47,7 @@ class StaticCodedLayer(StaticLayer):
         # not super().__init__: it would assign keys and values, which are decoded on demand here
         self.slot, self.strategy, self.stats = slot, slot.strategy, slot.stats
         self.max_cache_len = self.strategy.layout.limit
+        self.first = self.strategy.codec.first  # F
         with lasting():
             self.cumulative_length = torch.tensor(0)
         self.is_initialized = self.record_past = False
@@ -61,7 +64,7 @@ class StaticCodedLayer(StaticLayer):
         codec = self.strategy.codec
         self.dtype, self.device = key_states.dtype, key_states.device
         self.batch_size = key_states.shape[0]
-        R = codec.tail + codec.block
+        R = self.first + codec.tail + codec.block
         self.tail = [x.new_zeros(*x.shape[:2], R, x.shape[-1]) for x in (key_states, value_states)]
         block = codec.encode(*(x[:, :, : codec.block].unsqueeze(2) for x in self.tail))
         self.blocks: Encoded = {
@@ -124,14 +127,14 @@ class StaticCodedLayer(StaticLayer):
         seen = self.held() - removed(tokens_to_remove, self.held())
         if not self.is_initialized:
             return
-        block = self.strategy.codec.block
-        if seen < int(self.block_count) * block:
-            n = seen // block
+        F, block, count = self.first, self.strategy.codec.block, int(self.block_count)
+        if count and seen < F + count * block:
+            n = max(0, seen - F) // block
             opened = self.strategy.codec.decode(
                 {name: x[:, :, n : n + 1] for name, x in self.blocks.items()}
             )
             for tail, x in zip(self.tail, opened, strict=True):
-                tail[:, :, :block] = x.flatten(2, 3)
+                tail[:, :, F : F + block] = x.flatten(2, 3)
             self.block_count.fill_(n)
         self.cumulative_length.fill_(seen)
         self._settle(self._rest())
@@ -161,7 +164,11 @@ class StaticCodedLayer(StaticLayer):
 
     def _stored(self, tail: list[Tensor], empty: int = 0) -> Stored:
         blocks = {name: x[:, :, : int(self.block_count)] for name, x in self.blocks.items()}
-        return Stored(self.strategy.codec, None, blocks, 0, tuple(tail), empty)
+        head = None
+        if self.first and int(self.block_count):
+            head = tuple(x[:, :, : self.first] for x in tail)
+            tail = [x[:, :, self.first :] for x in tail]
+        return Stored(self.strategy.codec, head, blocks, 0, tuple(tail), empty)
 
     def encoded(self) -> tuple[int, int, Encoded | None]:
         """The first column that lies in a block, the first after these, and the blocks."""
@@ -169,7 +176,7 @@ class StaticCodedLayer(StaticLayer):
         if not n:
             return 0, 0, None
         blocks = {name: x[:, :, :n] for name, x in self.blocks.items()}
-        return 0, n * self.strategy.codec.block, blocks
+        return self.first, self.first + n * self.strategy.codec.block, blocks
 
     def state(self) -> State:
         state: State = {"seen": self.held(), "record_past": self.record_past}
@@ -241,17 +248,16 @@ class StaticCodedLayer(StaticLayer):
 
     def _settle(self, rows: list[Tensor]) -> None:
         """Encode the blocks of `rows`, what is not encoded, that are due; the tail has the rest."""
-        codec = self.strategy.codec
-        n = max(0, (rows[0].shape[2] - codec.tail) // codec.block)  # blocks that are due
+        codec, F = self.strategy.codec, self.first
+        n = max(0, (rows[0].shape[2] - F - codec.tail) // codec.block)  # blocks that are due
         if n:
-            due = codec.encode(
-                *(x[:, :, : n * codec.block].unflatten(2, (n, codec.block)) for x in rows)
-            )
+            end = F + n * codec.block
+            due = codec.encode(*(x[:, :, F:end].unflatten(2, (n, codec.block)) for x in rows))
             for name, x in due.items():
                 self.blocks[name][:, :, int(self.block_count) : int(self.block_count) + n] = x
             self.block_count.add_(n)
             self.stats.blocks_encoded += n
-            rows = [x[:, :, n * codec.block :].clone() for x in rows]  # may be rows of the tail
+            rows = [torch.cat((x[:, :, :F], x[:, :, end:]), dim=2) for x in rows]
         self._fill_tail(rows)
         self.waiting = None
 
@@ -260,13 +266,13 @@ class StaticCodedLayer(StaticLayer):
             tail[:, :, : x.shape[2]] = x
 
     def _compiled_step(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        codec, R = self.strategy.codec, self.tail[0].shape[2]
+        codec, F, R = self.strategy.codec, self.first, self.tail[0].shape[2]
         N = next(iter(self.blocks.values())).shape[2] - 1
         row = self.cumulative_length - self.block_count * codec.block
         for tail, x in zip(self.tail, (keys, values), strict=True):
             tail.index_copy_(2, row[None], x)
         self.cumulative_length.add_(1)
-        # columns: decoded blocks first, the tail after them
+        # columns: first tokens, decoded blocks, the rest of the tail
         in_tail = (
             torch.arange(self.max_cache_len, device=keys.device) - self.block_count * codec.block
         )
@@ -274,13 +280,16 @@ class StaticCodedLayer(StaticLayer):
         dense = []
         for tail, x in zip(self.tail, decoded, strict=True):
             newest = tail.index_select(2, in_tail.clamp(0, R - 1))
-            oldest = x.flatten(2, 3)[:, :, : self.max_cache_len].to(tail.dtype)
-            dense.append(torch.where((in_tail >= 0)[:, None], newest, oldest))
+            oldest = torch.cat((tail[:, :, :F], x.flatten(2, 3).to(tail.dtype)), dim=2)
+            oldest = oldest[:, :, : self.max_cache_len]
+            dense.append(torch.where((in_tail >= F)[:, None], newest, oldest))
         due = row + 1 == R
-        encoded = codec.encode(*(x[:, :, : codec.block].unsqueeze(2) for x in self.tail))
+        first = slice(F, F + codec.block)
+        encoded = codec.encode(*(x[:, :, first].unsqueeze(2) for x in self.tail))
         for name, x in encoded.items():
             self.blocks[name].index_copy_(2, torch.where(due, self.block_count, N)[None], x)
         for tail in self.tail:
-            tail.copy_(torch.where(due, tail.roll(-codec.block, 2), tail))
+            rest = tail[:, :, F:]
+            rest.copy_(torch.where(due, rest.roll(-codec.block, 2), rest))
         self.block_count.add_(due)
         return dense[0], dense[1]

@@ -34,6 +34,7 @@ class Oracle:
 
     def __init__(self, retention: Retention, padding: Tensor) -> None:
         self.retention, self.padding = retention, padding
+        self.sinks = 0  # first tokens of each row that the layer keeps before its first block
         self.exact = DynamicLayer()
         self.keys_error: Tensor | None = None  # [B, H, T, Dk]
         self.values_error: Tensor | None = None
@@ -55,6 +56,7 @@ class Oracle:
     def follow(self, layer: Any) -> None:
         """Widen the error of the blocks encoded since the last call, by the codec's bound."""
         begin, end, data = layer.encoded()
+        self.sinks = layer.sinks.count if layer.sinks is not None else 0
         if data is not None and end > self.encoded[1]:
             codec = layer.strategy.codec
             n = (end - max(begin, self.encoded[1])) // codec.block
@@ -84,8 +86,18 @@ class Oracle:
         def take(x: Tensor) -> Tensor:
             return x.gather(2, columns[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[-1]))
 
+        exact, start = pinned, self.padding[:, None]
+        if first == 0 and self.sinks and self.encoded[0] == self.sinks:
+            exact = (columns >= start) & (columns < start + self.sinks)
+        # padding before the first block is not held
+        lost = (columns < start) & (columns < self.sinks) & ~pinned
+
+        def off(error: Tensor) -> Tensor:
+            error = take(error).masked_fill(exact[:, None, :, None], 0.0)
+            return error.masked_fill(lost[:, None, :, None], torch.inf)
+
         sides = [
-            (take(x), take(error).masked_fill(pinned[:, None, :, None], 0.0))
+            (take(x), off(error))
             for x, error in (
                 (self.exact.keys, self.keys_error),
                 (self.exact.values, self.values_error),
@@ -201,8 +213,9 @@ class Machine:
         begin, end, _ = layer.encoded()
         if self.recording:
             assert end == encoded, "nothing is encoded before `crop`"
-        elif layer.cuts_blocks:
-            assert oracle.seen - max(end, begin) <= codec.tail + codec.block - 1
+        elif layer.cuts_blocks and oracle.seen >= int(oracle.padding.max()) + oracle.sinks:
+            first = max(codec.first, oracle.retention.first)
+            assert oracle.seen - max(end, begin, first) <= codec.tail + codec.block - 1
         if end > encoded:
             assert oracle.seen - end >= codec.tail, "the newest tokens are not encoded yet"
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import pytest
 import torch
 from transformers import DynamicCache
@@ -16,6 +18,7 @@ from ..placement.device import Device
 from ..registry import REGISTRIES
 from ..retention.base import Retention, Scored
 from ..spec import PREFIX, Strategy, parse
+from .affine import Affine
 from .chosen import ChosenOracle
 from .memory import walked_bytes
 from .oracle import one_layer
@@ -30,6 +33,9 @@ from .tools import (
     same,
     tiny_llama,
 )
+
+if TYPE_CHECKING:
+    from ..codecs.base import Codec
 
 
 class RetentionConformance:
@@ -102,17 +108,22 @@ class RetentionConformance:
                 assert (held == torch.tensor(kept, dtype=torch.float32)).all()
 
     @pytest.mark.parametrize(
-        "rest", ["int8(block=8)", "int4(block=8, tail=5)+host", "exact(block=4)+disk"]
+        ("codec", "placement"),
+        [
+            (Affine(block=8, k_bits=8, v_bits=8), "device"),
+            (Affine(block=8, tail=5), "host"),
+            (Exact(block=4), "disk"),
+        ],
+        ids=str,
     )
     def test_goes_with_codecs_and_placements(
-        self, retention: Retention, strategy: Strategy, budget: int, rest: str
+        self, retention: Retention, strategy: Strategy, budget: int, codec: Codec, placement: str
     ) -> None:
         """What is chosen is encoded afterwards, once; what is held is in order and within budget.
 
         Values of a token are all its number, which every codec here stores exactly.
         """
-        others = parse(rest)
-        strategy = strategy.replace(codec=others.codec, placement=others.placement)
+        strategy = strategy.replace(codec=codec, placement=parse(placement).placement)
         layer, known, encoded = one_layer(strategy), [set(), set()], 0
         came = 0
         for step, S in enumerate((3 * budget, *[1] * budget, 7, *[1] * budget)):

@@ -26,7 +26,7 @@ SMALL = {
     "lagkv": "lagkv(budget=12, every=5, lag=4, sinks=2)",
     "pyramid": "pyramid(budget=12, every=5, window=4)",
 }
-BITS = {"int": ", k_bits=6, v_bits=3"}  # its presets have those of whole bytes
+BITS = {"int": ", k_bits=6, v_bits=3"}  # its defaults are those of a preset
 LONG = (  # 64 tokens lose none
     "full",
     "window(length=64)",

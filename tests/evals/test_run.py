@@ -9,7 +9,7 @@ from evals.report.runs import read
 from evals.rows.schema import METRICS, Row
 from evals.rows.store import WriteFailed
 from evals.run import run
-from kvplug.codecs.affine import Int2
+from kvplug.codecs.rotated import Int2
 
 pytestmark = pytest.mark.usefixtures("offline")
 

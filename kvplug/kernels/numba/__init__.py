@@ -2,8 +2,10 @@
 
 Columns are taken in tiles of `TILE`, read by all query rows of their head: keys as [Dk, TILE] so
 that scores run along tokens, values as [TILE, Dv]. Codes become floats in registers, between the
-load and the products, where a tile is made of whole vectors; other tiles are decoded once, into
-scratch that stays in the first-level cache.
+load and the products, where a tile is made of whole vectors; other tiles, and codes in two planes,
+are decoded once, into scratch that stays in the first-level cache. Blocks whose keys and values
+were turned meet a query turned alike; what their values gave is turned back once, after the last of
+them, so they come first.
 
 The way of a call: here, `arguments` (tensors become integers), `process` (the compiled kernel and
 its threads); compiled: `attend`, `decode`, `products`, and `simd`, whose operations these are made
@@ -20,6 +22,7 @@ import torch
 from ..base import Kernel
 from . import process
 from .arguments import (
+    CPU,
     NO_CODES,
     NO_TOKENS,
     NUMBERS,
@@ -38,15 +41,13 @@ if TYPE_CHECKING:
     from ...attention.stored import Stored
     from ...codecs.base import Codec
 
-CPU = torch.device("cpu")
-
 
 @dataclass(frozen=True)
 class Numba(Kernel):
     """Compiled for this CPU by Numba on first use and kept on disk (`kvplug warmup`)."""
 
     name: ClassVar[str] = "numba"
-    formats: ClassVar[tuple[str, ...]] = ("plain", "affine")
+    formats: ClassVar[tuple[str, ...]] = ("plain", "affine", "rotated", "rotated_planes")
 
     def refuses(
         self,
@@ -88,10 +89,10 @@ class Numba(Kernel):
         head = [_rows_contiguous(x) for x in stored.head or ()]
         plain, codes = NO_TOKENS, NO_CODES
         if count := stored.block_count * stored.codec.block:
-            if stored.codec.format == "affine":
-                codes = codes_of(stored.codec, stored.blocks, count, stored.skip)
-            else:
+            if stored.codec.format == "plain":
                 plain = tokens_of_blocks(stored.blocks, count, stored.skip)
+            else:
+                codes = codes_of(stored.codec, stored.blocks, count, stored.skip)
         out, lse = _floats(B, Q, S, Dv), _floats(B, Q, S)
         row_tiles = -(-(Q // H * S) // ROWS)
         workers = torch.get_num_threads()

@@ -7,11 +7,16 @@ cheapest that Numba takes apart and the only ones that it takes along into `pran
 
 from __future__ import annotations
 
+from functools import cache
 from typing import TYPE_CHECKING, NamedTuple, get_type_hints
 
 import torch
 from numba import float64, intp, types
+from torch.nn.functional import pad
 
+from ...codecs.formats import levels
+from ...codecs.hadamard import spreader
+from .simd import LANES
 from .tiles import inlined
 
 if TYPE_CHECKING:
@@ -68,7 +73,11 @@ class Tokens(NamedTuple):
 
 
 class Codes(NamedTuple):
-    """Tokens in blocks of the format `affine`, of which the first `skip` are hidden."""
+    """Tokens in blocks of `affine` or of `rotated`, of which the first `skip` are hidden.
+
+    Of `affine` there is nothing to turn, and scales and zeros are float16. Of `rotated` the scales
+    of values are bytes, and there are no zeros.
+    """
 
     count: int
     skip: int
@@ -76,6 +85,11 @@ class Codes(NamedTuple):
     k_bits: int
     v_bits: int
     groups: int  # scales of a value
+    turn: int  # address of floats [Dk, Dk in whole vectors]: query @ these meets the keys; or 0
+    turn_back: (
+        int  # of floats [Dv, Dv in whole vectors]: what the values gave @ these is the output
+    )
+    steps: int  # of floats [256]: between two numbers of a value, by its scale
     k_codes: Blocks
     k_scale: Blocks
     k_zero: Blocks
@@ -109,11 +123,26 @@ def tokens_of_blocks(data: Encoded, count: int, skip: int) -> tuple[int, ...]:
 
 
 def codes_of(codec: Codec, data: Encoded, count: int, skip: int) -> tuple[int, ...]:
-    """`Codes` of blocks of the format `affine`."""
-    numbers = [count, skip, codec.block, codec.k_bits, codec.v_bits, data["v_scale"].shape[-1]]
+    """`Codes` of blocks of the formats `affine`, `rotated` and `rotated_planes`."""
+    scale = data["v_scale"]
+    numbers = [count, skip, codec.block, codec.k_bits, codec.v_bits, scale.shape[-1]]
+    if codec.format == "affine":
+        numbers += 0, 0, 0
+    else:
+        numbers += _turns(data["k_codes"].shape[3], data["v_codes"].shape[4])
+        numbers.append(levels(codec.v_bits, CPU).data_ptr())
     for name in AFFINE:
-        numbers += _blocks(data[name])
+        numbers += _blocks(data.get(name, scale))
     return tuple(numbers)
+
+
+@cache
+def _turns(Dk: int, Dv: int) -> tuple[int, int]:
+    """The addresses `turn` and `turn_back` of `Codes`, for as long as the process lives."""
+    matrices = spreader(Dk, CPU).T, spreader(Dv, CPU)
+    for x in matrices:
+        KEPT.append(pad(x, (0, -x.shape[1] % LANES)).contiguous())
+    return KEPT[-2].data_ptr(), KEPT[-1].data_ptr()
 
 
 def _rows(x: Tensor) -> tuple[int, ...]:
@@ -124,7 +153,9 @@ def _blocks(x: Tensor) -> tuple[int, ...]:
     return (x.data_ptr(), *x.stride()[:4])
 
 
-AFFINE = Codes._fields[6:]
+AFFINE = Codes._fields[9:]
+CPU = torch.device("cpu")
+KEPT: list[Tensor] = []
 
 
 def _length(kind: Any) -> int:
@@ -165,11 +196,11 @@ def tokens_from(x):
 def codes_from(x):
     """`Codes` of flat integers."""
     return Codes(
-        *x[:6],
-        Blocks(*x[6:11]),
-        Blocks(*x[11:16]),
-        Blocks(*x[16:21]),
-        Blocks(*x[21:26]),
-        Blocks(*x[26:31]),
-        Blocks(*x[31:]),
+        *x[:9],
+        Blocks(*x[9:14]),
+        Blocks(*x[14:19]),
+        Blocks(*x[19:24]),
+        Blocks(*x[24:29]),
+        Blocks(*x[29:34]),
+        Blocks(*x[34:]),
     )

@@ -11,7 +11,7 @@ from numba import prange
 
 from .arguments import codes_from, mask_from, query_from, tokens_from
 from .decode import decode_keys, decode_values, in_vectors, number, row_at, take, take_scales
-from .products import add_coded_values, add_products, floats, key_codes
+from .products import add_coded_values, add_products, floats, key_codes, turn
 from .simd import (
     LANES,
     byte_at,
@@ -28,7 +28,18 @@ from .simd import (
     total,
     where_positive,
 )
-from .tiles import LOG2E, LOWEST, ONE, ROWS, TILE, ZERO, inlined, partial_of, scratch_of
+from .tiles import (
+    LOG2E,
+    LOWEST,
+    ONE,
+    ROWS,
+    TILE,
+    ZERO,
+    in_lanes,
+    inlined,
+    partial_of,
+    scratch_of,
+)
 
 
 def attend(shape, plan, query, scale, head, plain, codes, tail, mask, memory):
@@ -84,28 +95,43 @@ def _attend_split(
     keys = scratch
     values = keys + 4 * TILE * Dk
     queries = values + 4 * TILE * width
-    scores = queries + 4 * ROWS * Dk
+    q_step = in_lanes(Dk)
+    plain_queries = queries + 4 * ROWS * q_step  # while `queries` are turned
+    scores = plain_queries + 4 * ROWS * q_step
     highest, sums, sides = results, results + 4 * ROWS, results + 8 * ROWS
     for r in range(max(rows, 2)):
         put(highest, r, LOWEST)
         put(sums, r, ZERO)
         for d in range(0, width, LANES):
             store(sides, r * width + d, spread(ZERO))
-    _take_queries(query, scale, b, h, G, S, first, rows, Dk, queries)
+    _take_queries(query, scale, b, h, G, S, first, rows, Dk, q_step, queries)
 
-    of_head, of_plain = _tiles(head.count, head.skip), _tiles(plain.count, plain.skip)
-    of_codes, of_tail = _tiles(codes.count, codes.skip), _tiles(tail.count, tail.skip)
-    before_codes = of_head + of_plain
-    before_tail = before_codes + of_codes
-    tiles = before_tail + of_tail
+    # codes first, so that what they gave is turned back once
+    of_codes = _tiles(codes.count, codes.skip)
+    before_plain = of_codes + _tiles(head.count, head.skip)
+    before_tail = before_plain + _tiles(plain.count, plain.skip)
+    tiles = before_tail + _tiles(tail.count, tail.skip)
+    begin, end = split * tiles // splits, (split + 1) * tiles // splits
+    to_turn_back = codes.turn != 0 and begin < min(end, of_codes)
+    if to_turn_back:
+        _copy_rows(queries, max(rows, 2) * q_step, plain_queries)
+        turn(plain_queries, q_step, max(rows, 2), Dk, codes.turn, q_step, queries)
     # many rows: a tile is decoded faster once than with every two of them
     vectors = of_codes > 0 and rows <= ROWS // 2 and in_vectors(codes, Dv)
-    for tile in range(split * tiles // splits, (split + 1) * tiles // splits):
+    for tile in range(begin, end + 1):
+        if to_turn_back and tile == min(of_codes, end):
+            turn(sides, width, rows, Dv, codes.turn_back, width, values)
+            _copy_rows(values, rows * width, sides)
+            # not two addresses to choose from: numba 0.68 compiles that choice wrongly
+            _copy_rows(plain_queries, max(rows, 2) * q_step, queries)
+            to_turn_back = False
+        if tile == end:
+            break
         # from which of its source's tokens on, how many, and at which column; then where its values
         # are, and how many numbers from one to the next, if not in codes
         in_codes = False
-        if before_codes <= tile < before_tail:
-            start, n, column = _span(codes.count, codes.skip, tile - before_codes)
+        if tile < of_codes:
+            start, n, column = _span(codes.count, codes.skip, tile)
             column += head.count
             in_codes = vectors and n == TILE and start % TILE == 0
             if in_codes:
@@ -115,10 +141,10 @@ def _attend_split(
                 decode_values(codes, b, h, start, n, Dv, width, values)
             found, step = values, width
         else:
-            if tile < of_head:
-                source, earlier, columns = head, 0, 0
-            elif tile < before_codes:
-                source, earlier, columns = plain, of_head, head.count
+            if tile < before_plain:
+                source, earlier, columns = head, of_codes, 0
+            elif tile < before_tail:
+                source, earlier, columns = plain, before_plain, head.count
             else:
                 source, earlier = tail, before_tail
                 columns = head.count + plain.count - plain.skip + codes.count - codes.skip
@@ -131,12 +157,12 @@ def _attend_split(
             s = scores + 4 * r * TILE
             for c in range(0, some * TILE, LANES):
                 store(s, c, spread(ZERO))
-            q = queries + 4 * r * Dk
+            q = queries + 4 * r * q_step
             if in_codes:
                 matrix = key_codes(codes, b, h, start, keys, Dk)
-                add_products(q, Dk, some, Dk, matrix, TILE, s)
+                add_products(q, q_step, some, Dk, matrix, TILE, s)
             else:
-                add_products(q, Dk, some, Dk, floats(keys, TILE), TILE, s)
+                add_products(q, q_step, some, Dk, floats(keys, TILE), TILE, s)
             for i in range(r, min(r + some, rows)):
                 s = scores + 4 * i * TILE
                 _hide(mask, b, h * G + (first + i) // S, (first + i) % S, column, n, s)
@@ -164,16 +190,23 @@ def _span(count, skip, tile):
 
 
 @inlined
-def _take_queries(query, scale, b, h, G, S, first, rows, Dk, out):
-    """Scaled rows [rows, Dk] of the head; a row of zeros beside a single one."""
+def _take_queries(query, scale, b, h, G, S, first, rows, Dk, step, out):
+    """Scaled rows [rows, Dk] of the head, `step` apart; a row of zeros beside a single one."""
     size = 4 if query.number == 0 else 2
     for r in range(rows):
         row = row_at(query.rows, b, h * G + (first + r) // S, (first + r) % S, size)
         for d in range(Dk):
-            put(out, r * Dk + d, np.float32(number(row, d, query.number) * scale))
+            put(out, r * step + d, np.float32(number(row, d, query.number) * scale))
     if rows == 1:
         for d in range(Dk):
-            put(out, Dk + d, ZERO)
+            put(out, step + d, ZERO)
+
+
+@inlined
+def _copy_rows(x, n, out):
+    """out[:n] = x[:n], floats in whole vectors."""
+    for i in range(0, n, LANES):
+        store(out, i, load(x, i))
 
 
 @inlined

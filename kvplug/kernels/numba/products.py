@@ -13,7 +13,7 @@ from .simd import (
     spread,
     store,
 )
-from .tiles import TILE, inlined
+from .tiles import TILE, ZERO, inlined
 
 ENDLESS = 1 << 30
 
@@ -109,6 +109,18 @@ def add_products(x, x_step, rows, n, matrix, columns, out):
             for i in range(n):
                 b = spread(float_at(x, r * x_step + i))
                 a = multiply_add(b, _vector(matrix, i, at, scale, shift), a)
+            store(out, r * columns + c, a)
+
+
+@inlined
+def turn(x, x_step, rows, n, matrix, columns, out):
+    """out[rows, columns] = x[rows, :n] @ floats [n, columns]; once per call, so in few words."""
+    for r in range(rows):
+        for c in range(0, columns, LANES):
+            a = spread(ZERO)
+            for i in range(n):
+                b = spread(float_at(x, r * x_step + i))
+                a = multiply_add(b, load(matrix, i * columns + c), a)
             store(out, r * columns + c, a)
 
 

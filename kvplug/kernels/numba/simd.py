@@ -120,6 +120,20 @@ def _(ll, address, i, shift, keep):
     return ll.uitofp(codes, _floats())
 
 
+@operation(VECTOR, INT, INT)
+def load_bits(address, i):
+    """The bits i and on at `address`, the lowest of a byte first, as floats; i: whole vectors."""
+    found = _array(ctypes.c_uint8, address, i // 8, LANES // 8)
+    return np.unpackbits(found, bitorder="little").astype(np.float32)
+
+
+@load_bits.compiled
+def _(ll, address, i):
+    where = ll.add(address, ll.lshr(i, i.type(3)))
+    bits = ll.load(ll.inttoptr(where, ir.IntType(LANES).as_pointer()), align=1)
+    return ll.uitofp(ll.bitcast(bits, ir.VectorType(ir.IntType(1), LANES)), _floats())
+
+
 @operation(INT, INT, INT)
 def byte_at(address, i):
     """Byte i at `address`."""
@@ -240,18 +254,6 @@ def spread(x):
 @spread.compiled
 def _(ll, x):
     return _spread(ll, x)
-
-
-@operation(VECTOR, INT)
-def spread_half(address):
-    """The float16 number at `address` in every lane."""
-    return np.full(LANES, _array(ctypes.c_uint16, address, 0, 1).view(np.float16)[0], np.float32)
-
-
-@spread_half.compiled
-def _(ll, address):
-    half = _spread(ll, ll.load(ll.inttoptr(address, I16.as_pointer()), align=2))
-    return ll.fpext(ll.bitcast(half, ir.VectorType(ir.HalfType(), LANES)), _floats())
 
 
 @operation(VECTOR, VECTOR, VECTOR, VECTOR)

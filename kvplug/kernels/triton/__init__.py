@@ -3,7 +3,8 @@
 One program reads a share of the columns for all queries of one stored head, or a tile of them:
 pinned tokens, encoded blocks, tail, with an online softmax in float32 (arXiv:1805.02867). Where
 several programs share the columns of a head, a second, small kernel merges what they found by
-log-sum-exp (https://pytorch.org/blog/flash-decoding).
+log-sum-exp (https://pytorch.org/blog/flash-decoding). Blocks of the format `rotated` meet a query
+turned alike, and the second kernel turns back what they gave.
 
 Axes in kernels: M rows, of the G * S queries of a stored head; K channels of a key; GROUPS x WIDTH
 channels of a value; t columns of a step. Each is padded to a power of two that tensor cores take. A
@@ -19,6 +20,7 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 import triton
 
+from ...codecs.hadamard import spreader
 from ..base import Kernel
 from . import attend as kernels
 from .decode import INTERPRETED
@@ -40,7 +42,7 @@ class Triton(Kernel):
     """CUDA: a block is unpacked in registers, once for all queries of its head."""
 
     name: ClassVar[str] = "triton"
-    formats: ClassVar[tuple[str, ...]] = ("plain", "affine")
+    formats: ClassVar[tuple[str, ...]] = ("plain", "affine", "rotated")
 
     def attend(
         self,
@@ -64,9 +66,13 @@ class Triton(Kernel):
         splits = max(1, triton.cdiv(steps, share))
         out = query.new_empty(B, Q, S, Dv)
         lse = query.new_empty(B, Q, S, dtype=torch.float32)
-        found = out, lse
-        if splits > 1:
-            found = lse.new_empty(splits, B * Q * S, Dv), lse.new_empty(splits, B * Q * S)
+        found, turned, matrix = (out, lse, None), None, None
+        parts = splits
+        if Z.TURNED:  # a share of blocks and one of plain tokens are two parts
+            parts, matrix = 2 * splits, spreader(Dv, query.device)
+            turned = _strided(query.float() @ spreader(Dk, query.device).T)
+        if parts > 1:
+            found = [lse.new_empty(parts, B * Q * S * n) for n in (Dv, 1, 1)]
         if mask is not None:
             mask = mask.view(torch.uint8) if mask.dtype == torch.bool else mask
             mask = _strided(mask.expand(B, Q, S, stored.length), axes=4)
@@ -74,17 +80,17 @@ class Triton(Kernel):
         scale = float(Dk**-0.5 if scale is None else scale)
         with torch.cuda.device_of(query):  # Triton launches on the current device
             kernels.attend[(*grid, splits)](
-                *(_strided(_rows(query)), mask, head, middle, tail, *found),
+                *(_strided(_rows(query)), turned, mask, head, middle, tail, *found),
                 *(F, N, R, skip, H, Q // H, S, share, scale, Z),
                 num_warps=Z.warps,
                 num_stages=Z.stages,
                 enable_fp_fusion=True,  # said aloud: Triton 3.10 does without by default
             )
-            if splits > 1:
-                padded = triton.next_power_of_2(Dv), triton.next_power_of_2(splits)
+            if parts > 1:
+                padded = triton.next_power_of_2(Dv), triton.next_power_of_2(parts)
                 kernels.merge[(B * Q * S,)](
-                    *(*found, out, lse, splits, Dv, *padded),
-                    num_warps=8 if splits * Dv > 8192 else 4,
+                    *(*found, out, lse, matrix, parts, Dv, *padded),
+                    num_warps=8 if parts * Dv > 8192 else 4,
                     enable_fp_fusion=True,
                 )
         return out, lse
@@ -129,4 +135,5 @@ def _middle(stored: Stored) -> tuple | None:
     if "k" in stored.blocks:
         sides = (stored.blocks[name].flatten(2, 3)[:, :, stored.skip :] for name in "kv")
         return tuple(_strided(x) for x in sides)
-    return tuple(_strided(stored.blocks[name]) for name in ENCODED)
+    scale = stored.blocks["v_scale"]  # there are no zeros in `rotated`
+    return tuple(_strided(stored.blocks.get(name, scale)) for name in ENCODED)

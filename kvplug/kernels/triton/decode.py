@@ -3,6 +3,9 @@
 import triton
 import triton.language as tl
 
+from ...codecs import formats
+
+LEVELS, LEVEL_0 = tl.constexpr(formats.LEVELS), tl.constexpr(formats.LEVEL_0)
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)  # TRITON_INTERPRET=1
 
 
@@ -34,6 +37,16 @@ def load_values(blocks, at, i, channels, Z: tl.constexpr):
     scale = tl.load(of(blocks[4], at, block) + place, mask=inside, other=0.0)
     zero = tl.load(of(blocks[5], at, block) + place, mask=inside, other=0.0)
     return codes, scale, zero
+
+
+@triton.jit
+def scale_of(scale, zero, Z: tl.constexpr):
+    """Scale and zero of values as numbers; those of `rotated` from a byte."""
+    if Z.TURNED:
+        step = tl.exp2((scale.to(tl.float32) - LEVEL_0) / LEVELS) * (2 / ((1 << Z.V_BITS) - 1))
+        step = tl.where(scale == 0, 0.0, tl.where(scale == 255, float("inf"), step))
+        return step, step * (-((1 << Z.V_BITS) - 1) / 2)
+    return scale.to(tl.float32), zero.to(tl.float32)
 
 
 @triton.jit

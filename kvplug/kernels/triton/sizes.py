@@ -38,6 +38,7 @@ class Sizes:
     STEP: int = 1  # tokens of a block at once
     RUNS: int = 1  # of consecutive tokens in a step
     PAD: int = 1  # tokens of a run, padded
+    TURNED: bool = False  # blocks of the format `rotated`
 
 
 @cache
@@ -79,6 +80,7 @@ def sizes_of(
         STEP=step,
         RUNS=RUNS,
         PAD=_padded(step) // RUNS,
+        TURNED=codec.format == "rotated",
     )
 
 

@@ -1,0 +1,175 @@
+"""`int` and its presets: keys and values spread over the channels of a head, then integers."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+
+from ..errors import SpecError
+from ..stage import option
+from .base import Codec, Encoded
+from .formats import LEVELS, PLANES, WIDTHS, decode_rotated, levels, unpack
+from .hadamard import spreader
+from .quantize import half_step, pack, quantize
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+# the largest number that a code of so many bits means, of the root mean square of values that are
+# normal (Max, 1960); with more bits nothing is cut off
+LARGEST = {2: 1.494, 3: 2.05, 4: 2.51}
+LOST = 2.0**-18  # of a number, by turning it in float32, there and back
+
+
+def _bits(default: int) -> Any:
+    return option(default, "bits per key or value", choices=tuple(sorted((*WIDTHS, *PLANES))))
+
+
+def _tail(default: int) -> Any:
+    return option(default, "newest tokens kept in full precision", ge=0)
+
+
+@dataclass(frozen=True)
+class Rotated(Codec):
+    """Integers of 2 to 8 bits, keys and values apart; `int8`, `int4`, `int3`, ... are presets.
+
+    Keys and values are turned by a Hadamard matrix first, which spreads what is large in one
+    channel over all of them (QuaRot, arXiv:2404.00456). A group is one channel over the tokens of a
+    block for keys, with a float16 scale and zero (KIVI, arXiv:2402.02750); for values `group`
+    neighbouring channels of one token, symmetric, with one byte. The first `first` tokens of each
+    row, which all later ones attend to, stay exact, and so do the newest `tail`.
+    Error of what was turned: keys scale / 2; values half a step, one step where a number was cut
+    off. Departures: widths of K and V apart, and blocks are never encoded again. The tensors:
+    `formats.py`.
+    """
+
+    name: ClassVar[str] = "int"
+    block: int = option(64, "tokens per block", choices=(8, 16, 32, 64, 128, 256))
+    group: int = option(64, "value channels per scale, lowered to a divisor of head_dim", ge=1)
+    tail: int = _tail(64)
+    first: int = option(4, "first tokens of each row kept in full precision", ge=0)
+    k_bits: int = _bits(4)
+    v_bits: int = _bits(4)
+
+    @cached_property  # asked in every call of a kernel
+    def format(self) -> str:
+        return "rotated" if {self.k_bits, self.v_bits} <= set(WIDTHS) else "rotated_planes"
+
+    def encode_side(self, x: Tensor, side: int) -> Encoded:
+        turned = _turn(x)
+        if side == 0:
+            codes, scale, zero = quantize(turned.transpose(-1, -2), self.k_bits)
+            return {"k_codes": pack(codes, self.k_bits), "k_scale": scale, "k_zero": zero}
+        codes, scale = _quantize_values(turned, self._value_group(x.shape[-1]), self.v_bits)
+        packed = pack(codes.transpose(-1, -2), self.v_bits).transpose(-1, -2)
+        return {"v_codes": packed.contiguous(), "v_scale": scale}
+
+    def decode_side(self, data: Encoded, side: int) -> Tensor:
+        return decode_rotated(self, data, side)
+
+    def max_error(self, data: Encoded, side: int) -> Tensor:
+        if side == 0:
+            k = half_step(data["k_scale"], data["k_zero"], self.k_bits, LOST)
+            return _turned_back(k)[..., None, :]  # [B, H, N, 1, Dk]
+        codes = unpack(data["v_codes"].transpose(-1, -2), self.v_bits).transpose(-1, -2)
+        step = levels(self.v_bits, codes.device)[data["v_scale"].int()]
+        step = step.repeat_interleave(codes.shape[-1] // step.shape[-1], dim=-1)
+        at_end = ((codes == 0) | (codes == 2**self.v_bits - 1)) & (self.v_bits in LARGEST)
+        return _turned_back(step * torch.where(at_end, 1.0, 0.5) + LOST * step * 2**self.v_bits)
+
+    def _value_group(self, head_dim: int) -> int:
+        """The largest divisor of head_dim that is at most `group`: 80 or 112 need no padding."""
+        return next(g for g in range(min(self.group, head_dim), 0, -1) if head_dim % g == 0)
+
+
+def _turn(x: Tensor) -> Tensor:
+    """U x / D for x [..., D]."""
+    D = x.shape[-1]
+    return (x.float() @ spreader(D, x.device).T) / D
+
+
+def _turned_back(error: Tensor) -> Tensor:
+    """How far U.T x' [..., D] may be off, where x' is off by `error`."""
+    return error @ spreader(error.shape[-1], error.device).abs()
+
+
+def _quantize_values(x: Tensor, group: int, bits: int) -> tuple[Tensor, Tensor]:
+    """Codes and bytes of scales, both uint8, of x [..., D]: [..., D] and [..., D / group].
+
+    A number is off by half a step, or by one where it is larger than what a code means.
+    """
+    x = x.unflatten(-1, (-1, group))
+    largest, half = x.abs().amax(-1), (2**bits - 1) / 2
+    # what is best for normal numbers, less half a level, by which it is rounded up on average
+    wanted = largest
+    if bits in LARGEST:
+        wanted = torch.minimum(LARGEST[bits] * x.square().mean(-1).sqrt(), largest)
+        wanted = torch.maximum(wanted * 2 ** (-0.5 / LEVELS), largest * (half / (half + 1)))
+    steps = levels(bits, x.device)
+    byte = torch.bucketize(wanted / half, steps).clamp(max=255)
+    byte = torch.where(wanted.isnan(), 255, byte)
+    inverse = 1 / steps[byte].clamp_min(1e-30)  # of 0: nothing but zeros
+    codes = (x * inverse[..., None] + half).round().clamp(0, 2 * half)
+    return codes.to(torch.uint8).flatten(-2), byte.to(torch.uint8)
+
+
+@dataclass(frozen=True)
+class Preset(Rotated):
+    """Bits that are those of the name: they stand in its repr, and no others are taken."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        cls = type(self)  # where a dataclass keeps its defaults
+        if (self.k_bits, self.v_bits) != (cls.k_bits, cls.v_bits):
+            raise SpecError(
+                f"{self}: {self.name!r} has {cls.k_bits} bits for keys and {cls.v_bits} for "
+                f"values; write {str(Rotated(**dataclasses.asdict(self)))!r}"
+            )
+
+
+@dataclass(frozen=True)
+class Int8(Preset):
+    """8-bit integers: half of bf16, drift near nothing."""
+
+    name: ClassVar[str] = "int8"
+    tail: int = _tail(0)
+    k_bits: int = _bits(8)
+    v_bits: int = _bits(8)
+
+
+@dataclass(frozen=True)
+class K8V4(Preset):
+    """Keys of 8 bits, values of 4: 6.3 bits a number, a third of int4's drift."""
+
+    name: ClassVar[str] = "k8v4"
+    k_bits: int = _bits(8)
+    v_bits: int = _bits(4)
+
+
+@dataclass(frozen=True)
+class Int4(Preset):
+    """4-bit integers: 4.3 bits a number, a bit more than a quarter of bf16, small drift."""
+
+    name: ClassVar[str] = "int4"
+
+
+@dataclass(frozen=True)
+class Int3(Preset):
+    """3-bit integers: 3.3 bits a number, a fifth of bf16, five times the drift of int4."""
+
+    name: ClassVar[str] = "int3"
+    k_bits: int = _bits(3)
+    v_bits: int = _bits(3)
+
+
+@dataclass(frozen=True)
+class Int2(Preset):
+    """Keys of 3 bits, values of 2: 2.8 bits a number and heavy drift on small models."""
+
+    name: ClassVar[str] = "int2"
+    k_bits: int = _bits(3)
+    v_bits: int = _bits(2)
