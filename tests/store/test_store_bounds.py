@@ -159,12 +159,16 @@ def test_writers_that_are_killed_leave_no_bad_record(tmp_path):
     url, keys = tmp_path.as_uri(), chain(8)
 
     def write():
+        torch.set_num_threads(1)  # threads of the parent's pool are not here
         store = kvplug.Store(url, max_bytes="5MB")
         while True:
             store.save(keys, ({"k": torch.zeros(60_000)} for _ in keys))
 
     for i in range(8):
         child, reader = start(write)
+        end = time.monotonic() + 60
+        while not (tmp_path / "tmp").exists() and time.monotonic() < end:
+            time.sleep(0.01)
         time.sleep(0.04 + 0.007 * i)
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
