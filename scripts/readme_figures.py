@@ -12,7 +12,7 @@ import re
 import sys
 from functools import cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
@@ -44,7 +44,7 @@ def rewritten(text: str) -> str:
 
 def choice() -> str:
     """Return which cache serves which need, and what it costs."""
-    (run,), quality = _runs("decode-llama-1b"), _quality()
+    (run,), (drift,), quality = _runs("decode-llama-1b"), _runs("main-job"), _quality()
     context = max(run.config["context"])
 
     def cost(name: str) -> str:
@@ -53,7 +53,8 @@ def choice() -> str:
         return f"{held / exact:.2f}x the memory, {faster:.1f}x as fast"
 
     def lossy(name: str) -> str:
-        return f"{cost(name)}, KL {quality[name].kl}, top-1 {quality[name].top1}"
+        kl, top1 = (_row(drift, name, metric, 1, 2048)["value"] for metric in ("kl", "top1"))
+        return f"{cost(name)}, KL {kl:.5f}, top-1 {top1:.4f}"
 
     sinks = "sinks(sinks=4, window=1020)"
     endless = (
@@ -191,7 +192,7 @@ class Quality(NamedTuple):
 def _quality() -> dict[str, Quality]:
     """Return the quality of what the full report has asked for words."""
     drift, hay, made = _part("drift"), _part("retrieval"), {}
-    names = [r["strategy"] for r in hay.rows if r["metric"] == "retrieval"]
+    names = [r["strategy"] for r in hay.rows if r["metric"] == "retrieval" and _is_todays(r)]
     for name in dict.fromkeys(names):
         kl, top1 = (_row(drift, name, metric, 1, 2048)["value"] for metric in ("kl", "top1"))
         found = [
@@ -201,6 +202,11 @@ def _quality() -> dict[str, Quality]:
         ]
         made[name] = Quality(f"{kl:.5f}", f"{top1:.4f}", f"{sum(found) / len(found):.2f}")
     return made
+
+
+def _is_todays(row: dict[str, Any]) -> bool:
+    """Whether what was measured is what the name means today, with all of its arguments."""
+    return ":" in row["strategy"] or row["spec"] == repr(kvplug.parse(row["strategy"]))
 
 
 def _of_exact(spec: str, context: int) -> float:
