@@ -80,15 +80,15 @@ DEFECTS = [
     Defect(
         "tokens chosen by score are out of order",
         "kvplug/retention/base.py",
-        "return (score.shape[-1] - 1 - order).sort(dim=-1).values",
-        "return score.shape[-1] - 1 - order",
+        "return order, ~chosen.gather(-1, order)",
+        "return order.flip(-1), ~chosen.gather(-1, order).flip(-1)",
         ("tests/test_retention.py", "-k", "Scored or scored"),
     ),
     Defect(
         "padding is chosen by its score too",
         "kvplug/retention/base.py",
-        "tokens.positions < tokens.padding[:, None, None], -torch.inf",
-        "tokens.positions < 0 * tokens.padding[:, None, None], -torch.inf",
+        "return score.masked_fill(~tokens.real, -torch.inf)",
+        "return score",
         ("tests/test_retention.py", "-k", "Scored or scored"),
     ),
     Defect(
@@ -171,8 +171,8 @@ DEFECTS = [
     Defect(
         "a block is encoded a token early",
         "kvplug/layers/growing.py",
-        "n = (len(self.tail) - front - codec.tail) // codec.block",
-        "n = (len(self.tail) - front - max(codec.tail - 1, 0)) // codec.block",
+        "n = (len(self.tail) - front - tail) // codec.block",
+        "n = (len(self.tail) - front - max(tail - 1, 0)) // codec.block",
         ("tests/test_layer.py", "tests/test_strategies.py", "-k", "tail or blocks"),
     ),
     Defect(
