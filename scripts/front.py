@@ -1,6 +1,6 @@
 """Write `kvplug/front.json`, what `auto` knows of drift, from a result folder of `evals`.
 
-usage: python scripts/front.py FOLDER     (of --suite drift, pareto or full)
+usage: python scripts/front.py FOLDER     (of --suite drift, pareto or quick)
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import kvplug  # noqa: E402
 from evals.report.runs import read  # noqa: E402
 from kvplug.choose import ALLOWED  # noqa: E402
 
+SUITES = ("drift", "pareto", "quick")
 FRONT = ROOT / "kvplug" / "front.json"
 
 
@@ -25,7 +26,7 @@ def front(folder: Path) -> dict:
     of_codecs = [
         row
         for row in rows
-        if row["suite"] == "drift" and row["metric"] == "kl" and row["case"] is None
+        if row["suite"] in SUITES and row["metric"] == "kl" and row["case"] is None
         and row["strategy"] in codecs and 0 < row["value"] <= max(ALLOWED.values())
     ]  # fmt: skip
     kl = {row["strategy"]: float(f"{row['value']:.2g}") for row in of_codecs}

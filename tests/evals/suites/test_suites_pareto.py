@@ -13,7 +13,7 @@ from kvplug.registry import REGISTRIES
 
 pytestmark = pytest.mark.usefixtures("offline")
 
-WINDOW, CHUNK, HEAD_DIM = 256, 32, 16
+WINDOW, CHUNK, HEAD_DIM = 512, 32, 16
 
 
 @pytest.fixture
