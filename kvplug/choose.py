@@ -19,7 +19,7 @@ from . import memory
 from .errors import MissingExtra, SpecError
 from .estimate import estimate
 from .spec import parse
-from .strategy import ALLOWED, Auto
+from .strategy import Auto
 from .units import bytes_of, text_of
 
 if TYPE_CHECKING:
@@ -64,9 +64,9 @@ class Choice:
     @property
     def reason(self) -> str:
         """Why this one, in one line, and what a lossy one would have saved."""
-        limit = ALLOWED[self.asked.drift]
         served = [x for x in self.options if x.held is not None]
-        barred = [x for x in served if x.kl > limit]
+        allowed = [x for x in served if self.asked.allows(x.kl)]
+        barred = [x for x in served if x not in allowed]
         smaller = min(barred, key=lambda x: x.held, default=None)
         other = (
             f"{smaller.spec!r} would hold {text_of(smaller.held)} at KL {smaller.kl:.4f}, which "
@@ -75,13 +75,12 @@ class Choice:
             else "nothing smaller was measured"
         )
         if self.best is None:
-            least = min((x for x in served if x.kl <= limit), key=lambda x: x.held)
+            least = min(allowed, key=lambda x: x.held)
             return (
                 f"nothing that is allowed fits {text_of(self.budget)}: {least.spec!r} would hold "
                 f"{text_of(least.held)} for {self.size}; {other}"
             )
-        before = self.options.index(self.best)
-        larger = [x.spec for x in self.options[:before] if x.held is not None and x.kl <= limit]
+        larger = [x.spec for x in allowed[: allowed.index(self.best)]]
         why = f"{', '.join(larger)} would not fit" if larger else "nothing is lost"
         return (
             f"{self.best.spec}: {text_of(self.best.held)} of {text_of(self.budget)} for "
@@ -143,7 +142,7 @@ def choose(
             here = 2 * held // config.get_text_config(decoder=True).num_hidden_layers
         fits = here <= budget and (here == held or held <= beside)
         options.append(Option(spec, kl, held, fits))
-    allowed = [x for x in options if x.kl <= ALLOWED[asked.drift]]
+    allowed = [x for x in options if asked.allows(x.kl)]
     if all(x.held is None for x in allowed):
         raise SpecError(f"{asked}: nothing serves this model: {options[0].refusal}")
     best = next((x for x in allowed if x.fits), None)

@@ -144,7 +144,7 @@ def _recommend(args: argparse.Namespace) -> int:
         if x.held is None:
             print(f"{x.spec:<24} refused: {x.refusal}")
             continue
-        barred = "" if x.kl <= ALLOWED[args.drift] else f"drift={args.drift!r} does not allow it"
+        barred = "" if choice.asked.allows(x.kl) else f"drift={args.drift!r} does not allow it"
         why = "chosen" if x == choice.best else barred or ("" if x.fits else "does not fit")
         print(f"{x.spec:<24} {text_of(x.held):>10} {x.kl:>8.5f}  {why}".rstrip())
     print(choice.reason)

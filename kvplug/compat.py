@@ -104,6 +104,12 @@ MASK_LENGTH = "_mask_length"
 ATTENTION = "_attn_implementation"
 
 
+def put_cache(model_kwargs: dict, old: Any, new: Any) -> None:
+    """A cache under the name that another has among a model's arguments."""
+    slot = next(key for key, value in model_kwargs.items() if value is old)
+    model_kwargs[slot] = new
+
+
 def layer_devices(model: Any, layers: int) -> list[torch.device]:
     """Where the attention of each layer of a model computes."""
     devices = [model.device] * layers

@@ -208,7 +208,7 @@ def _prepare(original: Any) -> Any:
                 tell(own)
                 own.ensure_room(reserve)
                 if own is not given:
-                    _put(model_kwargs, given, Pair.of(given, own))
+                    compat.put_cache(model_kwargs, given, Pair.of(given, own))
             if ours and generation_config.is_assistant:
                 # an assistant's later rounds bring the cache of the first, and the target's config
                 generation_config = _without_ours(generation_config, static=False)
@@ -221,8 +221,7 @@ def _prepare(original: Any) -> Any:
         # of a decoder alone no model could be built, to see what it writes
         whole = self.config.is_encoder_decoder
         config = self.config if whole else self.config.get_text_config(decoder=True)
-        reuse, stages = told(generation_config.cache_config)
-        asked, chosen = parse(name, stages), None
+        asked, chosen = parse(name, told(generation_config.cache_config)[1]), None
         if isinstance(asked, Auto):
             choice = choose(
                 asked,
@@ -239,11 +238,9 @@ def _prepare(original: Any) -> Any:
             max_cache_len=max(reserve, generation_config.max_cache_len or 0),
             open_ended=generation_config.is_assistant,
         )
-        cache = build(strategy, config)
+        cache = build(strategy, config, cache_config=generation_config.cache_config)
         cache.chosen = chosen
-        if reuse is not None:
-            reuse.check(asked)
-            cache.reuse, cache.outlives = reuse, bool(generation_config.return_dict_in_generate)
+        cache.outlives = bool(generation_config.return_dict_in_generate)
         # what the caller has not fixed, a later call with this cache may change
         cache.may_grow = asked.layout.limit is None and not generation_config.max_cache_len
         tell(cache)
@@ -255,7 +252,7 @@ def _prepare(original: Any) -> Any:
                 f"{name!r} cannot take its place"
             )
         pair = isinstance(theirs, compat.EncoderDecoderCache)
-        _put(model_kwargs, theirs, Pair.of(theirs, cache) if pair else cache)
+        compat.put_cache(model_kwargs, theirs, Pair.of(theirs, cache) if pair else cache)
         if generation_config.is_assistant:
             cache.activate_past_recording()
         return result
@@ -277,12 +274,6 @@ def cache_in(model_kwargs: dict) -> Any:
 def _decoder_cache(cache: Any) -> Any:
     """The decoder's own, where the cache is that of an encoder and decoder."""
     return cache.self_attention_cache if isinstance(cache, compat.EncoderDecoderCache) else cache
-
-
-def _put(model_kwargs: dict, theirs: Any, ours: Any) -> None:
-    """Our cache under the name that theirs has among a model's arguments."""
-    slot = next(key for key, value in model_kwargs.items() if value is theirs)
-    model_kwargs[slot] = ours
 
 
 def _prefilled(original: Any) -> Any:

@@ -248,8 +248,7 @@ class _Plan:
         for i in range(done, len(keys)):
             a, b = self.end(i) if i else 0, self.end(i + 1)
             of_chunk = dict(kwargs) | {"attention_mask": torch.ones_like(ids[:, :b])}
-            slot = next(name for name, x in kwargs.items() if x is self.cache)
-            of_chunk[slot] = own
+            compat.put_cache(of_chunk, self.cache, own)
             if kwargs.get("position_ids") is not None:
                 of_chunk["position_ids"] = torch.arange(a, b, device=ids.device)[None]
             prefill(ids[:, a:b], config, of_chunk)

@@ -189,3 +189,7 @@ class Auto(Stage):
         super().__post_init__()
         if self.budget is not None:
             bytes_of(self.budget)
+
+    def allows(self, kl: float) -> bool:
+        """Whether a strategy may be taken that drifts so far, in KL to the exact cache."""
+        return kl <= ALLOWED[self.drift]

@@ -10,7 +10,7 @@ import torch
 from ..stage import option
 from .base import Codec, Encoded
 from .formats import unpack
-from .quantize import pack
+from .quantize import group_of, pack
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -42,7 +42,7 @@ class Grouped(Codec):
 
     def encode_side(self, x: Tensor, side: int) -> Encoded:
         D = x.shape[-1]
-        g = next(g for g in range(min(self.group, D), 0, -1) if D % g == 0)
+        g = group_of(D, self.group)
         rows = x.float().reshape(-1, g)
         # in float16, as beside a model of 16 bits; codes are those of what is stored
         scale, zero = (y.to(torch.float16) for y in self.choose(rows))

@@ -14,6 +14,11 @@ if TYPE_CHECKING:
 F16_MAX = torch.finfo(torch.float16).max
 
 
+def group_of(D: int, most: int) -> int:
+    """The largest divisor of D that is at most `most`: a head dim of 80 or 112 needs no padding."""
+    return next(g for g in range(min(most, D), 0, -1) if D % g == 0)
+
+
 def quantize(x: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
     """Codes [..., G] uint8, scale and zero [...] float16 of x [..., G]; error <= scale / 2.
 

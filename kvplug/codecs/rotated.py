@@ -14,7 +14,7 @@ from ..stage import option
 from .base import Codec, Encoded
 from .formats import LEVELS, PLANES, WIDTHS, decode_rotated, levels, unpack
 from .hadamard import spreader
-from .quantize import half_step, pack, quantize
+from .quantize import group_of, half_step, pack, quantize
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -64,7 +64,7 @@ class Rotated(Codec):
         if side == 0:
             codes, scale, zero = quantize(turned.transpose(-1, -2), self.k_bits)
             return {"k_codes": pack(codes, self.k_bits), "k_scale": scale, "k_zero": zero}
-        codes, scale = _quantize_values(turned, self._value_group(x.shape[-1]), self.v_bits)
+        codes, scale = _quantize_values(turned, group_of(x.shape[-1], self.group), self.v_bits)
         packed = pack(codes.transpose(-1, -2), self.v_bits).transpose(-1, -2)
         return {"v_codes": packed.contiguous(), "v_scale": scale}
 
@@ -80,10 +80,6 @@ class Rotated(Codec):
         step = step.repeat_interleave(codes.shape[-1] // step.shape[-1], dim=-1)
         at_end = ((codes == 0) | (codes == 2**self.v_bits - 1)) & (self.v_bits in LARGEST)
         return _turned_back(step * torch.where(at_end, 1.0, 0.5) + LOST * step * 2**self.v_bits)
-
-    def _value_group(self, head_dim: int) -> int:
-        """The largest divisor of head_dim that is at most `group`: 80 or 112 need no padding."""
-        return next(g for g in range(min(self.group, head_dim), 0, -1) if head_dim % g == 0)
 
 
 def _turn(x: Tensor) -> Tensor:

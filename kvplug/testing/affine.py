@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from ..codecs.base import Codec, Encoded
 from ..codecs.formats import decode_affine
-from ..codecs.quantize import half_step, pack, quantize
+from ..codecs.quantize import group_of, half_step, pack, quantize
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -32,7 +32,7 @@ class Affine(Codec):
         if side == 0:
             codes, scale, zero = quantize(x.float().transpose(-1, -2), self.k_bits)
             return {"k_codes": pack(codes, self.k_bits), "k_scale": scale, "k_zero": zero}
-        group = next(g for g in range(min(self.group, x.shape[-1]), 0, -1) if x.shape[-1] % g == 0)
+        group = group_of(x.shape[-1], self.group)
         codes, scale, zero = quantize(x.float().unflatten(-1, (-1, group)), self.v_bits)
         packed = pack(codes.flatten(-2).transpose(-1, -2), self.v_bits).transpose(-1, -2)
         return {"v_codes": packed.contiguous(), "v_scale": scale, "v_zero": zero}
