@@ -199,7 +199,10 @@ def test_reading_ahead_is_ahead_by_two_and_ends_with_its_reader():
 
     items = ahead(source(), 2)
     assert next(items) == 0
-    time.sleep(0.05)
+    end = time.monotonic() + 30
+    while len(read) < 3 and time.monotonic() < end:
+        time.sleep(0.01)
+    time.sleep(0.05)  # in which it does not read on
     assert read == [0, 1, 2]
     items.close()
     assert closed.wait(5)
