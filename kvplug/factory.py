@@ -25,6 +25,7 @@ from .layers.layout import Growing
 from .layers.probe import positions_depend_on_images
 from .layers.rotation import turns
 from .prefix import told
+from .retention.base import Scored
 from .retention.full import Full
 from .spec import parse
 from .stats import Stats
@@ -94,6 +95,7 @@ def build(
     never, unpadded_only = bias.refusals(text, strategy)
     if never:
         raise SpecError(never)
+    unpadded_only = unpadded_only or _needs_own_mask(strategy, config)
     theirs = transformers.DynamicCache(config=config).layers
     _check_known(theirs, strategy, config)
     # what we do not serve stays transformers' own, of the kind that goes with the layout
@@ -179,6 +181,18 @@ def _facts(text: PreTrainedConfig) -> dict[str, Any]:
     facts = {name: [getattr(c, name, None) for c in configs] for name in FACTS}
     facts = {name: x[0] if len(set(map(str, x))) == 1 else x for name, x in facts.items()}
     return {name: x if isinstance(x, int | str | None) else str(x) for name, x in facts.items()}
+
+
+def _needs_own_mask(strategy: Strategy, config: PreTrainedConfig) -> str | None:
+    """Why not a padded batch: attention that reads dense tensors has transformers' mask alone."""
+    attention = compat.attention(config)
+    if not isinstance(strategy.retention, Scored) or attention in (None, "sdpa"):
+        return None
+    return (
+        f"{strategy}: rows of unlike length keep unlike tokens, which transformers' mask does not "
+        f"hide, and attn_implementation={attention!r} knows no other; load the model with 'sdpa', "
+        "or give one row at a time"
+    )
 
 
 def _check_known(theirs: list, strategy: Strategy, config: PreTrainedConfig) -> None:

@@ -317,6 +317,25 @@ def test_attention_that_compiles_itself_gets_dense_tensors_or_is_refused():
         assert all(type(x) is torch.Tensor for x in given)
 
 
+@pytest.mark.parametrize(
+    "spec", ["int4(block=8, tail=0)", "snapkv(budget=16, every=5, window=4)+int8(block=8)+host"]
+)
+def test_a_compiled_model_leaves_what_is_stored_to_the_kernel(spec):
+    """Compiled graphs end where the cache begins: views are read, never traced nor made dense."""
+    model = make("llama", num_hidden_layers=1)
+    ours, eager = (kvplug.build(spec, model.config) for _ in range(2))
+    torch._dynamo.reset()
+    with torch.no_grad(), torch._dynamo.config.patch(error_on_recompile=False):
+        compiled = torch.compile(model, backend="eager")
+        for i, S in enumerate((20, 1, 1)):
+            x = prompt(S, seed=i)
+            got = compiled(x, **cache_argument(ours)).logits
+            assert_close(got, model(x, **cache_argument(eager)).logits)
+    torch._dynamo.reset()
+    assert ours.stats() == eager.stats()
+    assert not ours.stats()["materialised"]
+
+
 @pytest.mark.parametrize("spec", ["growing", "static", "int8(block=8)", "static+int8(block=8)"])
 def test_a_cache_sent_to_another_process_is_a_copy(spec):
     """torch shares the memory of what it sends; both sides go on for themselves."""

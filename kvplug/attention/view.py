@@ -172,6 +172,7 @@ class View(torch.Tensor):
         return type(self)(self._call, self._repeats if repeats is None else repeats, shape)
 
     @classmethod
+    @torch.compiler.disable  # a compiler that traces a model calls this as it stands
     def __torch_function__(
         cls, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
     ) -> Any:

@@ -7,14 +7,14 @@ from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, ClassVar
 
+import torch
+
 from .. import registry
 from ..errors import MissingExtra
 from .base import Kernel
 from .reference import Reference
 
 if TYPE_CHECKING:
-    import torch
-
     from ..codecs.base import Codec
 
 logger = logging.getLogger("kvplug")
@@ -32,6 +32,7 @@ class Auto(Kernel):
         return _choose(codec, device, dtype)
 
 
+@torch.compiler.disable  # which would trace through the memory of `cache`, and warn of it
 @cache
 def _choose(codec: Codec, device: torch.device, dtype: torch.dtype) -> Kernel:
     """What runs; where that is the slow one, say why, once."""

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger("kvplug")
 
 
+@torch.compiler.disable
 @cache
 def _warn() -> None:
     """Once in a process: a server may build a cache per request."""

@@ -151,10 +151,10 @@ def second(caller: Caller) -> Run:
 def cropped(caller: Caller) -> Run:
     """Five tokens taken back, then others."""
     _needs_ids(caller)
-    cache, ids = caller.cache(), prompt(17)
+    cache, ids = caller.cache(), prompt(24)  # after `crop` more than any method keeps
     cache.activate_past_recording()
     with torch.no_grad():
-        for part, at in ((ids, 0), (prompt(5, seed=3), 17)):
+        for part, at in ((ids, 0), (prompt(5, seed=3), 24)):
             more = as_text(part) if caller.architecture.typed else {}
             if type(caller.model).__name__.startswith("Bamba"):  # it counts from 0 in each forward
                 more["position_ids"] = torch.arange(at, at + part.shape[1])[None]

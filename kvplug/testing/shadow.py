@@ -15,6 +15,7 @@ from weakref import WeakKeyDictionary
 import torch
 
 from ..attention.mask import fit
+from ..attention.stored import placed
 from ..attention.view import View
 from ..layers.growing import Layer
 from ..layers.scored import ScoredLayer
@@ -124,6 +125,8 @@ class Shadow:
         by = self._moved(oracle, first) if pinned.any() else None
         for i, name in enumerate(("keys", "values")):
             x, content, (wanted, error) = got[i], contents[i], sides[i]
+            if isinstance(x, View) and (starts := x.stored.starts) is not None:
+                content = placed(x.stored.head[i].float(), content, 0, starts)
             if x.shape[2] != length:
                 raise Wrong(f"announced {length} columns, gave {x.shape[2]} {name}")
             if by is not None and (rotation := layer.sinks.turn[i]):
@@ -232,7 +235,7 @@ class Shadow:
 def as_stored(got: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
     """Keys and values that an update returned, dense, in float32: decoded, but not yet rounded.
 
-    Views give what is stored, others empty room too.
+    Views give what is stored, in the order in which kernels read it, others empty room too.
     """
     if not isinstance(got[0], View):
         return got[0].float(), got[1].float()
