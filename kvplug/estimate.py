@@ -47,7 +47,8 @@ def estimate(
 
     Raises SpecError for a strategy that cannot be, a name that means a cache of transformers' own
     in `generate`, a name that no dtype has, and more tokens than bytes can be counted for.
-    State of linear-attention and conv layers is not counted: it does not grow with context.
+    State of linear-attention and conv layers is not counted, which does not grow with context, nor
+    the keys of an indexer (sparse attention, as of GLM-MoE-DSA), one narrow head of a layer.
     """
     if spec in THEIR_NAMES:
         ours = PREFIX + spec if PREFIX + spec in PRESETS else "growing"
