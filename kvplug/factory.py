@@ -131,7 +131,8 @@ def build(
             f"{advice}"
         )
     for i, codec in strategy.named(len(theirs)).items():
-        if not served[i]:
+        ours = isinstance(layers[i], AttentionLayer)
+        if not ours or (codec.cuts_blocks and not layers[i].cuts_blocks):
             raise SpecError(
                 f"{strategy}: {codec} cannot serve layer {i} of {type(config).__name__}, a "
                 f"{type(layers[i]).__name__}"

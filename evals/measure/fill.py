@@ -72,7 +72,12 @@ class Filler:
             self.fill(cache, 1, context)
             return held_bytes(cache)
         kinds = [
-            (type(layer), getattr(layer, "is_sliding", False), *(x.shape for x in pair))
+            (
+                type(layer),
+                getattr(layer, "is_sliding", False),
+                getattr(layer, "strategy", None),  # layers may have codecs of their own
+                *(x.shape for x in pair),
+            )
             for layer, pair in zip(cache.layers, self.like, strict=True)
         ]
         total = 0

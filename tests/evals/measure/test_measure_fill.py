@@ -9,7 +9,8 @@ from evals.setup.contenders import resolve
 def test_a_filled_cache_is_as_one_that_was_prefilled(tiny):
     filler = Filler(tiny, 0)
     prompt = torch.randint(3, 128, (1, 144), generator=torch.Generator().manual_seed(0))
-    for contender in resolve(["growing", "int8", "transformers:static", "window(length=64)"]):
+    specs = ["growing", "int8", "transformers:static", "window(length=64)", "int4+int8@0"]
+    for contender in resolve(specs):
         filled, true = (contender.build(tiny.config, 160) for _ in range(2))
         filler.fill(filled, 1, 144)
         step(tiny, true, prompt)
