@@ -18,6 +18,7 @@ ORACLE = ("tests/test_kernels.py", "-k", "reference and (dense or loops)")
 PLAIN = ("tests/test_kernels.py", "-k", "numba and (loops or borders or nothing or merge)")
 TRITON = ("tests/test_triton.py", "-k", "shares or many_queries or lowest or other_blocks")
 SINKS = ("tests/test_retention.py", "-k", "sinks")
+PREFIX = ("tests/test_prefix.py",)
 STATIC = ("tests/test_static.py", "-k", "compiled_once and eager or trace")
 
 
@@ -302,6 +303,48 @@ DEFECTS = [
         ("tests/test_gradients.py", "-k", "refuse"),
     ),
     # what outlives a call
+    Defect(
+        "a chunk that was computed goes on unencoded",
+        "kvplug/prefix.py",
+        "                layer.seal()\n",
+        "                pass\n",
+        (*PREFIX, "-k", "warm and one and device"),
+    ),
+    Defect(
+        "all of a prompt comes from the store",
+        "kvplug/prefix.py",
+        "length - self.first - self.tail)",
+        "length - self.first)",
+        (*PREFIX, "-k", "turn"),
+    ),
+    Defect(
+        "tenants share their chunks",
+        "kvplug/prefix.py",
+        "self.chunk, reuse.salt, reuse.verify",
+        'self.chunk, "", reuse.verify',
+        (*PREFIX, "-k", "tenants"),
+    ),
+    Defect(
+        "chunks are found behind other first tokens",
+        "kvplug/prefix.py",
+        "begin[0] if begin else self.root, row",
+        "self.root, row",
+        (*PREFIX, "-k", "first_token"),
+    ),
+    Defect(
+        "each chunk begins at position 0",
+        "kvplug/prefix.py",
+        "torch.arange(a, b, device",
+        "torch.arange(0, b - a, device",
+        (*PREFIX, "-k", "turn"),
+    ),
+    Defect(
+        "a mask with holes is served",
+        "kvplug/prefix.py",
+        "(mask.diff(dim=-1) < 0).any() or ",
+        "",
+        (*PREFIX, "-k", "does_not_serve"),
+    ),
     Defect(
         "a record under another's name is taken for it",
         "kvplug/store/record.py",

@@ -236,6 +236,19 @@ def test_tenants_and_models_never_meet(model):
     assert equal(changed, answer(other, inputs, spec, {"store": kvplug.Store("memory://")}))
 
 
+def test_another_first_token_finds_nothing(model):
+    """Where first tokens stay exact beside the blocks, the first chunk is named by them as well."""
+    store, spec = kvplug.Store("memory://"), "int8(block=8)"
+    one = prompt(45)
+    other = one.clone()
+    other[0, 0] += 1
+    answer(model, {"input_ids": one}, spec, {"store": store})
+    found = answer(model, {"input_ids": other}, spec, {"store": store})
+    assert store.stats()["hits"] == 0
+    alone = answer(model, {"input_ids": other}, spec, {"store": kvplug.Store("memory://")})
+    assert equal(found, alone)
+
+
 def mutated(data, n):
     """A record that is not what was written: bits, length, or all of it another."""
     data = bytearray(data)
