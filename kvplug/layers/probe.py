@@ -143,6 +143,9 @@ def _run(
         if isinstance(blocks, torch.nn.ModuleList)
         for block in blocks
     ]
+    for module in model.modules():
+        if hasattr(module, "conv1d"):  # a mixer beside attention, whose state takes long
+            module.forward = _input
     went_wrong: list[Exception] = []
     # most blocks return hidden states, others a tuple that begins with them
     for others in (None, 0, 1, 2):
@@ -218,10 +221,15 @@ def _until_cache(
                 pass
             except Exception as e:
                 went_wrong.append(e)
-        x = args[0] if args else kwargs["hidden_states"]
+        x = _input(*args, **kwargs)
         return x if others is None else (x, *[None] * others)
 
     return forward
+
+
+def _input(*args: Any, **kwargs: Any) -> Tensor:
+    """The hidden states that a module is given."""
+    return args[0] if args else kwargs["hidden_states"]
 
 
 class _Weightless(TorchFunctionMode):
