@@ -28,11 +28,11 @@ class Auto(Kernel):
 
     name: ClassVar[str] = "auto"
 
+    @torch.compiler.disable  # which would trace through the memory of `cache`, and warn of it
     def resolve(self, codec: Codec, device: torch.device, dtype: torch.dtype) -> Kernel:
         return _choose(codec, device, dtype)
 
 
-@torch.compiler.disable  # which would trace through the memory of `cache`, and warn of it
 @cache
 def _choose(codec: Codec, device: torch.device, dtype: torch.dtype) -> Kernel:
     """What runs; where that is the slow one, say why, once."""

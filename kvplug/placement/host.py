@@ -17,7 +17,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger("kvplug")
 
 
-@torch.compiler.disable
 @cache
 def _warn() -> None:
     """Once in a process: a server may build a cache per request."""
@@ -30,6 +29,7 @@ class OnHost(Place):
     def __init__(self) -> None:
         self._stream: torch.cuda.Stream | None = None
 
+    @torch.compiler.disable  # what allocates and warns once is not traced
     def empty(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
         if device.type == "cpu":
             _warn()
