@@ -21,7 +21,7 @@ from kvplug.compat import cache_argument
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from transformers import PreTrainedModel
+    from transformers import Cache, PreTrainedModel
 
     from evals.setup.config import Config
     from evals.setup.contenders import Contender
@@ -29,13 +29,17 @@ if TYPE_CHECKING:
 
 @torch.no_grad()
 def predictions(
-    model: PreTrainedModel, contender: Contender, window: torch.Tensor, config: Config
+    model: PreTrainedModel,
+    contender: Contender,
+    window: torch.Tensor,
+    config: Config,
+    look: Callable[[Cache], None] = lambda cache: None,
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Yield, chunk by chunk of window [N], log-probabilities [P, V] in float32 and the tokens [P]
     that came next.
 
     P counts the chunk's positions from `skip` on that have a next token in the window; V is the
-    vocabulary.
+    vocabulary. `look` is shown the cache that has taken in all of it.
     """
     cache = contender.build(model.config, len(window))
     for start in range(0, len(window), config.chunk):
@@ -49,6 +53,7 @@ def predictions(
                 logits[first - start : last - start].float().log_softmax(-1),
                 window[first + 1 : last + 1],
             )
+    look(cache)
 
 
 def exact_predictions(
@@ -79,16 +84,17 @@ def measure(
     exact: list[list[torch.Tensor]],
     config: Config,
     tick: Callable[[], None],
+    look: Callable[[Cache], None] = lambda cache: None,
 ) -> dict[str, np.ndarray]:
     """Return what happened at every position of windows [W, N] that counts: arrays [W, P].
 
-    They are the inputs of the kv_drift metric.
+    They are the inputs of the kv_drift metric. `look` is shown the cache at the end of each window.
     """
     whole = []
     for window, kept in zip(windows, exact, strict=True):
         chunks = []
         for (logq, target), logp in zip(
-            predictions(model, contender, window, config), kept, strict=True
+            predictions(model, contender, window, config, look), kept, strict=True
         ):
             p = logp.to(logq.device)  # [P, V], one chunk at a time
             chunks.append(

@@ -11,8 +11,10 @@ from collections import Counter
 from typing import TYPE_CHECKING
 
 import torch
+from torch.nn.functional import scaled_dot_product_attention
 from transformers import DynamicCache
 
+import kvplug
 from evals.measure import clock
 from evals.measure.memory import held_bytes
 from kvplug.compat import DynamicLayer, DynamicSlidingWindowLayer
@@ -56,7 +58,17 @@ class Filler:
             kind = tuple((x.shape, x.dtype, x.device) for x in pair)
             if kind not in made:
                 made[kind] = [self._random(x, batch, context) for x in pair]
-            cache.update(*(x.clone() for x in made[kind]), index)
+            self._put(cache, index, *(x.clone() for x in made[kind]))
+
+    def _put(self, cache: Cache, index: int, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Put keys and values [B, H, T, D] into a layer; one that chooses by what queries attend to
+        sees random ones.
+        """
+        views = cache.update(keys, values, index)
+        if isinstance(cache, kvplug.Cache) and cache.strategy.retention.queries:
+            heads = self.model.config.get_text_config(decoder=True).num_attention_heads
+            queries = self._random(keys[:, :1].expand(-1, heads, -1, -1), *keys.shape[::2])
+            scaled_dot_product_attention(queries, *views, is_causal=True, enable_gqa=True)
 
     def stored_bytes(self, contender: Contender, context: int) -> int:
         """Return the bytes that `context` tokens of one row take."""
@@ -83,7 +95,7 @@ class Filler:
         total = 0
         for kind, count in Counter(kinds).items():
             index = kinds.index(kind)
-            cache.update(*(self._random(x, 1, context) for x in self.like[index]), index)
+            self._put(cache, index, *(self._random(x, 1, context) for x in self.like[index]))
             total += count * held_bytes(cache.layers[index])
         return total
 

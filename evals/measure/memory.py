@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from statistics import fmean
 from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
 from typing import Any
 
@@ -68,6 +69,18 @@ def checked_bytes(cache: Any) -> int:
             f"nbytes() claims {claimed:,} bytes, a walk over the cache's tensors finds {held:,}"
         )
     return held
+
+
+def account(cache: Any) -> dict[str, Any]:
+    """Return what a cache holds and says of itself, for the `stats` of a row: `bytes_held`,
+    `tokens_held` a head, the mean over what retention has kept by layer and head, and what its
+    `stats` are, if it has any.
+    """
+    told = cache.stats() if hasattr(cache, "stats") else {}
+    kept = [n for layer in told.get("retention", {}).get("kept", []) for n in layer or []]
+    if not kept:
+        kept = [cache.held() if hasattr(cache, "held") else int(cache.get_seq_length())]
+    return {"bytes_held": checked_bytes(cache), "tokens_held": fmean(kept)} | told
 
 
 def _storage(x: torch.Tensor) -> tuple[int, int]:

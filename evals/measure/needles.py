@@ -1,8 +1,9 @@
 """Words hidden in a text, and the questions that ask for them.
 
-The text is the dataset's own, and so are the words. A needle says that the secret word of a key is
-a value; values are one token each, so that one forward gives the likelihood of every word that the
-answer could be, and no cache must be copied to try them.
+The text is the dataset's own, and so are the words. A needle says, in the words of a template, that
+a key has a value; values are one token each, so that one forward gives the likelihood of every word
+that the answer could be. The last eighth of a text holds no needle: what a method keeps because it
+is new must not pass for what it has chosen.
 """
 
 from __future__ import annotations
@@ -21,17 +22,23 @@ if TYPE_CHECKING:
 
 CHOICES = 10  # words that an answer is picked from
 POOL = 200  # keys, and as many values, that trials draw from
-SAYS = "The secret word of {key} is"
-NEEDLE = "\n" + SAYS
-QUESTION = "\nWhat is the secret word of {key}? " + SAYS
+AFTER = 1 / 8  # of a text, behind its last needle
+# What is said of a key, the value behind it, and what is asked; the beginning of an answer is what
+# is said.
+TEMPLATES = (
+    ("The secret word of {key} is", "What is the secret word of {key}?"),
+    ("The password that opens {key} is", "Which password opens {key}?"),
+    ("In the book of codes, the sign for {key} is", "What is the sign for {key} in the book?"),
+)
 WORD = re.compile(r"\b[a-z]{4,9}\b")
 
 
 class Question(NamedTuple):
-    """What is fed to ask for one needle; the answer is fed with the next question."""
+    """What is fed to ask for one needle."""
 
     depth: float
     tokens: list[int]
+    lead: list[int]  # the beginning of the answer
     choices: list[int]  # one token each, the right one first
 
 
@@ -50,31 +57,36 @@ class Haystack:
         self.seed = session.config.seed
 
     def trial(self, length: int, depths: Sequence[float], number: int) -> Trial:
-        """Return a trial of so many tokens, answers aside, with a needle at each of the depths,
-        which are asked for in any order.
+        """Return a trial of so many tokens, one question and the beginning of its answer included,
+        with a needle at each of the depths, which are asked for in any order.
         """
         draw = random.Random(f"{self.seed} {length} {list(depths)} {number}")
         keys, values = self.words
         keys = draw.sample(keys, len(depths))
         choices = draw.sample(values, max(CHOICES, len(depths)))
+        says, asks = draw.choice(TEMPLATES)
         end = self.encode(".\n")
         needles = [
-            [*self.encode(NEEDLE.format(key=key)), choices[i], *end] for i, key in enumerate(keys)
+            [*self.encode("\n" + says.format(key=key)), choices[i], *end]
+            for i, key in enumerate(keys)
         ]
         asked = []
         for i in draw.sample(range(len(depths)), len(depths)):
             words = [choices[i], *(word for word in choices if word != choices[i])]
-            asked.append(Question(depths[i], self.encode(QUESTION.format(key=keys[i])), words))
-        room = length - sum(map(len, needles)) - sum(len(one.tokens) + 1 for one in asked)
-        if room < 1:
+            text = "\n" + asks.format(key=keys[i]), " " + says.format(key=keys[i])
+            asked.append(Question(depths[i], *map(self.encode, text), words))
+        longest = max(len(one.tokens) + len(one.lead) for one in asked)
+        room = length - sum(map(len, needles)) - longest
+        behind = round(AFTER * length)
+        if room <= behind:
             raise ConfigError(
-                f"context={length}: accepted are {length - room + 1} and more, {len(depths)} "
-                "needles and the questions about them take the rest"
+                f"context={length}: accepted are {length - room + behind + 1} and more, "
+                f"{len(depths)} needles, a question and the text behind the last take the rest"
             )
         start = draw.randrange(len(self.ids) - room + 1)
         filler = self.ids[start : start + room].tolist()
         for depth, needle in sorted(zip(depths, needles, strict=True), reverse=True):
-            at = round(depth * room)  # deepest first: those before it do not move
+            at = round(depth * (room - behind))  # deepest first: those before it do not move
             filler[at:at] = needle
         return Trial(filler, asked)
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from rich.console import Console
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 
     from evals.setup.config import Config
     from evals.setup.contenders import Contender
@@ -127,10 +127,12 @@ class Session:
             self.model, self.contenders[0], self.windows, self.config, self.tick
         )
 
-    def drift(self, contender: Contender) -> dict[str, Any]:
-        """Return a contender's drift by position."""
+    def drift(
+        self, contender: Contender, look: Callable[[Cache], None] = lambda cache: None
+    ) -> dict[str, Any]:
+        """Return a contender's drift by position; `look` sees each window's cache at its end."""
         return drift.measure(
-            self.model, contender, self.windows, self.exact, self.config, self.tick
+            self.model, contender, self.windows, self.exact, self.config, self.tick, look
         )
 
     @cached_property

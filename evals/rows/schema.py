@@ -51,6 +51,9 @@ METRICS = {
         "B", "lower", "every tensor reachable from the cache, shared storage once"
     ),
     "bytes_per_token": Metric("B/token", "lower", "bytes held by tokens of all rows"),
+    "tokens_held": Metric(
+        "tokens", "lower", "that a head keeps of those it has seen, mean over layers and heads"
+    ),
     "bits": Metric(
         "bit", "lower", "held per number of keys and values, tokens in full precision at 16 bits"
     ),
@@ -86,8 +89,12 @@ METRICS = {
     "rouge1": Metric("1", "higher", "ROUGE-1 F1 against the exact cache's text"),
     "rougeL": Metric("1", "higher", "ROUGE-L F1 against the exact cache's text"),
     "retrieval": Metric(
-        "1", "higher", "share of hidden words more likely than the others that could be the answer"
+        "1",
+        "higher",
+        "share of hidden words more likely than the others that could be the answer, asked for "
+        "when the cache already holds the text as it stores it",
     ),
+    "retrieval_asked": Metric("1", "higher", "the same, the question read with the text"),
     "retrieval_greedy": Metric(
         "1", "higher", "share of hidden words that are what greedy decoding says"
     ),

@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from evals.measure import drift as measuring
+from evals.measure.memory import account
 from evals.rows.schema import at, measured
-from evals.rows.tables import Table, by_strategy
+from evals.rows.tables import COLUMNS, Table, by_strategy
 from evals.rows.task import Task
 from evals.setup import control
 from evals.setup.contenders import EXACT, file_name
@@ -24,14 +25,24 @@ NEEDS = {"model", "text"}
 
 def tasks(session: Session) -> Iterator[Task]:
     """Yield a task per contender, and the controls."""
+    return of_windows(session, "drift")
+
+
+def of_windows(session: Session, suite: str) -> Iterator[Task]:
+    """Yield the tasks of a suite that feeds windows and nothing else."""
     place = {"batch": 1, "context": session.config.window}
 
     def one(contender: Contender) -> Iterator[dict[str, Any]]:
-        return (at(row, **place) for row in drifted(session, contender, by_position=True))
+        for row in drifted(session, contender, by_position=True):
+            yield at(row, **place)
+        told = row["stats"]
+        for metric in ("bytes_held", "tokens_held"):
+            held = measured(metric, told[metric], note="at the end of a window", stats=told)
+            yield at(held, **place)
 
     for contender in session.contenders:
         yield Task(
-            f"drift/{file_name(contender.name)}",
+            f"{suite}/{file_name(contender.name)}",
             contender.name,
             contender,
             lambda contender=contender: one(contender),
@@ -40,7 +51,7 @@ def tasks(session: Session) -> Iterator[Task]:
             session.config.windows,
             shared=True,
         )
-    yield from controls(session, "drift", **place)
+    yield from controls(session, suite, **place)
 
 
 def controls(session: Session, suite: str, **place: int) -> Iterator[Task]:
@@ -69,18 +80,20 @@ def drifted(
     session: Session, contender: Contender, by_position: bool = False
 ) -> Iterator[dict[str, Any]]:
     """Yield a contender's drift; raise if it is a control and says that nothing can be trusted."""
-    positions = session.drift(contender)
+    told: list[dict[str, Any]] = []  # by the cache of each window, at its end
+    positions = session.drift(contender, lambda cache: told.append(account(cache)))
     result = measuring.overall(positions)
     if contender.name == EXACT:
         control.check_exact(result)
     if isinstance(contender, control.Broken):
         control.check_broken(result)
-    yield from measuring.rows(positions)  # refuses what is no number
+    for row in measuring.rows(positions):  # refuses what is no number
+        yield row | {"stats": told[-1]}
     session.save("drift", file_name(contender.name), strategy=contender.name, **result)
     if by_position:
         for label, first, last in measuring.buckets(session.config):
             for row in measuring.rows(positions, first, last):
-                yield at(row, case=label)
+                yield at(row, case=label, stats=told[-1])
 
 
 def undrifted(session: Session) -> Iterator[dict[str, Any]]:
@@ -109,22 +122,19 @@ def method(config: dict[str, Any]) -> str:
 def tables(config: dict[str, Any], rows: list[Row]) -> list[Table]:
     """Return a table over all positions, and one of KL by position."""
     whole = by_strategy("", [row for row in rows if not row["case"]])
-    return [whole._replace(notes=[method(config)]), kl_by_range(rows)]
+    return [whole._replace(notes=[method(config)]), by_range(rows, "kl", "KL by position, nat ↓")]
 
 
-def kl_by_range(rows: list[Row], metric: str = "kl", title: str = "KL by position, nat ↓") -> Table:
-    """Return KL per contender and range of positions."""
+def by_range(rows: list[Row], metric: str, title: str) -> Table:
+    """Return a metric per contender and range of positions."""
     found = {
-        (row["strategy"], row["case"]): row["value"]
+        (row["strategy"], row["case"]): COLUMNS[metric][1](row, None)
         for row in rows
         if row["metric"] == metric and row["case"]
     }
     labels = list(dict.fromkeys(case for _, case in found))
     body = [
-        [
-            name,
-            *(f"{found[name, label]:.6f}" if (name, label) in found else "-" for label in labels),
-        ]
+        [name, *(found.get((name, label), "-") for label in labels)]
         for name in dict.fromkeys(name for name, _ in found)
     ]
     return Table(title, ["strategy", *labels], body, [])

@@ -148,8 +148,8 @@ def found(session: Session, hay: Haystack, contender: Contender) -> Iterator[dic
     hits: list[float] = []
     for number in range(session.config.trials):
         trial = hay.trial(session.config.window, DEPTHS, number)
-        asked = retrieval.answers(session, contender, trial, session.config.window)
-        hits += [float(listed) for _, (listed, _) in asked]
+        found = retrieval.answers(session, contender, trial, session.config.window)
+        hits += [float(one.listed) for one in found]
         session.tick()
     yield measured("retrieval", *hits, value=mean(hits), note=retrieval.NOTES["retrieval"])
 
@@ -170,6 +170,6 @@ def tables(config: dict[str, Any], rows: list[Row]) -> list[Table]:
     ]
     return [
         whole._replace(notes=said),
-        drift.kl_by_range(rows),
-        drift.kl_by_range(rows, "kl_generated", "KL by position, generated text, nat ↓"),
+        drift.by_range(rows, "kl", "KL by position, nat ↓"),
+        drift.by_range(rows, "kl_generated", "KL by position, generated text, nat ↓"),
     ]

@@ -1,20 +1,24 @@
-"""Whether words hidden in a long text are found: by depth, length and number of keys.
+"""Whether words hidden in a long text are found, asked for in the prompt and only after it.
 
-A text of the dataset's own goes through the cache in chunks, as in `drift`; the questions come last
-and can only be answered from what the cache gives back. One key: a needle at one depth. Several: a
-needle at every depth, asked for one after another in the same cache.
+Each text has a needle at every depth, and each is asked for. **Asked in the prompt**: the text and
+the question are one prompt, read in one forward as `generate` does, and what retention drops goes
+then. **After it**: the text alone is that prompt, and each question comes to a copy of what the
+cache holds by then, so that no answer helps with the next. Either way the beginning of the answer
+is fed behind, and what it ends with can only be known from what the cache gives back.
 """
 
 from __future__ import annotations
 
+import copy
 from statistics import mean
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from evals.measure.needles import CHOICES, Haystack
+from evals.measure.memory import account
+from evals.measure.needles import CHOICES, TEMPLATES, Haystack
 from evals.rows.schema import at, measured
-from evals.rows.tables import Table
+from evals.rows.tables import by_strategy
 from evals.rows.task import Task
 from evals.setup.contenders import file_name
 from kvplug.compat import cache_argument
@@ -24,27 +28,46 @@ if TYPE_CHECKING:
 
     from transformers import Cache
 
-    from evals.measure.needles import Trial
+    from evals.measure.needles import Question, Trial
     from evals.measure.session import Session
     from evals.rows.schema import Row
+    from evals.rows.tables import Table
     from evals.setup.contenders import Contender
 
-DEPTHS = 0.0, 0.25, 0.5, 0.75, 1.0  # 0 is the beginning of the text, 1 its end
+DEPTHS = 0.0, 0.25, 0.5, 0.75, 1.0  # 0 is the beginning of the text, 1 where its last eighth begins
 DEFAULTS: dict[str, Any] = {
-    "strategies": ("transformers:dynamic", "int8", "int4", "window(length=1024)", "int2"),
-    "context": (512, 1024, 2048),
+    "strategies": (
+        "transformers:dynamic",
+        "int4",
+        "snapkv(budget=256)",
+        "snapkv(budget=128)+int4",
+        "expected(budget=256)",
+        "sinks(sinks=4, window=256)",
+    ),
+    "context": (1024, 2048),
 }
 NEEDS = {"model", "text"}
 NOTES = {
-    "retrieval": f"most likely of {CHOICES} words, all of one token; by chance {1 / CHOICES:g}",
+    "retrieval_asked": f"most likely of {CHOICES} words, all of one token; by chance {1 / CHOICES}",
+    "retrieval": f"most likely of {CHOICES} words, all of one token; by chance {1 / CHOICES}",
     "retrieval_greedy": "the most likely token of all",
 }
+ANSWER = 32  # tokens of a question and an answer, about: for predictions of time
+
+
+class Answer(NamedTuple):
+    """What came of one question."""
+
+    depth: float
+    listed: bool  # whether the right word is the likeliest of the choices
+    greedy: bool  # and of all tokens
+    told: dict[str, Any]  # what the cache held and said when the prompt had been read
 
 
 def tasks(session: Session) -> Iterator[Task]:
     """Yield a task per contender, exact one first, and length."""
     hay, config = Haystack(session), session.config
-    passes = config.trials * len(layouts())
+    passes = config.trials * (len(DEPTHS) + 1)
     for contender in session.contenders:
         for length in config.context:
             hay.trial(length, DEPTHS, 0)  # refuses a length that is too small, before any work
@@ -53,91 +76,123 @@ def tasks(session: Session) -> Iterator[Task]:
                 f"{contender.name}, length {length:,}",
                 contender,
                 lambda cell=(contender, length): measure(session, hay, *cell),
-                passes * session.predict.chunks(contender, length),
+                seconds(session, contender, length),
                 2 * session.filler.exact_bytes(1, length),
                 passes,
                 shared=True,
             )
 
 
-def layouts() -> list[tuple[float, ...]]:
-    """Return the depths of the needles of each text: one alone, and all together."""
-    return [*((depth,) for depth in DEPTHS), DEPTHS]
+def seconds(session: Session, contender: Contender, length: int) -> float:
+    """Predict the time of one contender at one length."""
+    texts = session.config.trials * (len(DEPTHS) + 1)
+    return texts * (
+        session.predict.answer(contender, 1, length, 0) + session.machine.prefill(ANSWER)
+    )
 
 
 def measure(
     session: Session, hay: Haystack, contender: Contender, length: int
 ) -> Iterator[dict[str, Any]]:
-    """Yield the share found, and the share said, per number of keys and depth."""
-    found: dict[tuple[int, float], list[tuple[bool, bool]]] = {}
-    for depths in layouts():
-        for number in range(session.config.trials):
-            trial = hay.trial(length, depths, number)
-            for depth, answer in answers(session, contender, trial, length):
-                found.setdefault((len(depths), depth), []).append(answer)
+    """Yield what was held, and the share found per depth, asked in the prompt and after it."""
+    before: list[Answer] = []
+    after: list[Answer] = []
+    for number in range(session.config.trials):
+        trial = hay.trial(length, DEPTHS, number)
+        for answer in asked(session, contender, trial, length):
+            before.append(answer)
             session.tick()
-    for (keys, depth), answered in sorted(found.items()):
-        case = {"length": length, "depth": depth, "keys": keys}
-        for metric, hits in zip(NOTES, zip(*answered, strict=True), strict=True):
-            row = measured(metric, *map(float, hits), value=mean(hits), note=NOTES[metric])
-            yield at(row, batch=1, context=length, case=case)
+        after += answers(session, contender, trial, length)
+        session.tick()
+    place = {"batch": 1, "context": length}
+    for metric in ("bytes_held", "tokens_held"):
+        samples = [answer.told[metric] for answer in before]
+        yield at(measured(metric, *samples, stats=before[-1].told), **place)
+    kinds = {
+        "retrieval_asked": [(one, one.listed) for one in before],
+        "retrieval": [(one, one.listed) for one in after],
+        "retrieval_greedy": [(one, one.greedy) for one in after],
+    }
+    for metric, all_of_it in kinds.items():
+        for depth in DEPTHS:
+            hits = [float(hit) for one, hit in all_of_it if one.depth == depth]
+            told = all_of_it[-1][0].told
+            row = measured(metric, *hits, value=mean(hits), note=NOTES[metric], stats=told)
+            yield at(row, **place, case={"length": length, "depth": depth, "keys": len(DEPTHS)})
 
 
-def answers(
-    session: Session, contender: Contender, trial: Trial, length: int
-) -> Iterator[tuple[float, tuple[bool, bool]]]:
-    """Yield a depth and whether its word is the likeliest of the choices, and of all."""
-    cache = contender.build(session.model.config, length)
-    feed(session, cache, trial.context)
-    before: list[int] = []  # the right answer to the last question, as if the model had given it
+def asked(session: Session, contender: Contender, trial: Trial, length: int) -> Iterator[Answer]:
+    """Yield what comes of each question at the end of a prompt of its own."""
     for question in trial.questions:
-        logits = feed(session, cache, before + question.tokens)
-        right, *wrong = question.choices
-        listed = logits[right] > logits[wrong].max()  # a tie, or no number at all, is a miss
-        yield question.depth, (bool(listed), int(logits.argmax()) == right)
-        before = [right]
+        cache = contender.build(session.model.config, length)
+        prompt(session, cache, trial.context + question.tokens)
+        told = account(cache)
+        yield answered(feed(session, cache, question.lead), question, told)
+
+
+def answers(session: Session, contender: Contender, trial: Trial, length: int) -> Iterator[Answer]:
+    """Yield what comes of each question after the text, each to the same cache."""
+    cache = contender.build(session.model.config, length)
+    prompt(session, cache, trial.context)
+    told = account(cache)
+    for question in trial.questions:
+        logits = feed(session, copy.deepcopy(cache), question.tokens + question.lead)
+        yield answered(logits, question, told)
+
+
+def answered(logits: torch.Tensor, question: Question, told: dict[str, Any]) -> Answer:
+    """Return what logits [V] say; a tie, or no number at all, is a miss."""
+    right, *wrong = question.choices
+    listed = bool(logits[right] > logits[wrong].max())
+    return Answer(question.depth, listed, int(logits.argmax()) == right, told)
+
+
+def prompt(session: Session, cache: Cache, tokens: list[int]) -> None:
+    """Have a cache take in a prompt, as `generate` does."""
+    if hasattr(cache, "expect"):
+        cache.expect(len(tokens))
+    feed(session, cache, tokens)
 
 
 @torch.no_grad()
 def feed(session: Session, cache: Cache, tokens: list[int]) -> torch.Tensor:
-    """Feed tokens in chunks; return the last one's logits [V]."""
+    """Feed tokens in one forward; return the last one's logits [V]."""
     ids = torch.tensor([tokens], device=session.model.device)
-    for chunk in ids.split(session.config.chunk, dim=1):
-        out = session.model(
-            input_ids=chunk, **cache_argument(cache), use_cache=True, logits_to_keep=1
-        )
+    out = session.model(input_ids=ids, **cache_argument(cache), use_cache=True, logits_to_keep=1)
     return out.logits[0, -1].float()
 
 
-def tables(config: dict[str, Any], rows: list[Row]) -> list[Table]:
-    """Return a table per number of keys: contenders over lengths, mean over depths."""
-    shares: dict[int, dict[str, dict[int, list[Row]]]] = {}
-    failed = dict.fromkeys(row["strategy"] for row in rows if row["status"] == "failed")
+def pooled(rows: list[Row]) -> list[Row]:
+    """Return rows with those of all depths in one, of each metric, strategy and context."""
+    whole = [row for row in rows if not isinstance(row["case"], dict)]
+    groups: dict[tuple, list[Row]] = {}
     for row in rows:
-        if row["metric"] == "retrieval":
-            own = shares.setdefault(row["case"]["keys"], {}).setdefault(row["strategy"], {})
-            own.setdefault(row["context"], []).append(row)
-    made = []
-    for keys, names in sorted(shares.items()):
-        lengths = sorted({length for own in names.values() for length in own})
-        body = [
-            [name, *(by_depth(own[length]) if length in own else "-" for length in lengths)]
-            for name, own in names.items()
-        ]
-        body += [[name, *["failed"] * len(lengths)] for name in failed if name not in names]
-        title = f"share of words found ↑, {keys} key{'s' * (keys > 1)}"
-        made.append(Table(title, ["strategy", *(f"{x:,}" for x in lengths)], body, []))
+        if isinstance(row["case"], dict):
+            place = row["strategy"], row["metric"], row["context"]
+            groups.setdefault(place, []).append(row)
+    for group in groups.values():
+        n = sum(row["n"] for row in group)
+        value = sum(row["value"] * row["n"] for row in group) / n
+        whole.append(group[0] | {"value": value, "n": n, "case": None})
+    return whole
+
+
+def tables(config: dict[str, Any], rows: list[Row]) -> list[Table]:
+    """Return a table per length."""
+    made = [
+        by_strategy(f"{length:,} tokens", pooled([r for r in rows if r["context"] == length]))
+        for length in sorted({row["context"] for row in rows})
+    ]
     if made:
-        depths = ", ".join(f"{depth:g}" for depth in DEPTHS)
-        said = (
-            f"Mean over depths, and at depths {depths}; {config['trials']} trials each; "
-            f"{NOTES['retrieval']}. Text fed {config['chunk']} tokens at a time."
-        )
-        made[-1] = made[-1]._replace(notes=[said])
+        made[-1] = made[-1]._replace(notes=[method(config)])
     return made
 
 
-def by_depth(rows: list[Row]) -> str:
-    """Return the mean share, and that of each depth."""
-    ordered = [row["value"] for row in sorted(rows, key=lambda row: row["case"]["depth"])]
-    return f"{mean(ordered):.2f} ({' '.join(f'{x:.1f}' for x in ordered)})"
+def method(config: dict[str, Any]) -> str:
+    """Return how words were asked for."""
+    return (
+        f"Words: {config['trials']} texts of {len(TEMPLATES)} templates, {len(DEPTHS)} words "
+        f"hidden in each, none in its last eighth; {NOTES['retrieval']}; 95 % interval (Wilson). "
+        "Held, and tokens a head: of a prompt with its question. Words found: each question comes "
+        "to what is held of the text without it."
+    )

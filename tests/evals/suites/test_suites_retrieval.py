@@ -9,63 +9,101 @@ import tiny_run
 import torch
 
 from evals.measure.needles import CHOICES, Haystack
+from evals.setup.contenders import Contender
 from evals.suites import retrieval
 
 pytestmark = pytest.mark.usefixtures("offline")
 
 
+def reading(monkeypatch, words, answer):
+    """Have `feed` answer by all tokens that a cache, or what it is a copy of, has been fed."""
+
+    def feed(session, cache, tokens):
+        cache.said = [*getattr(cache, "said", []), *tokens]
+        logits = torch.zeros(len(words.known))
+        logits[answer(cache.said)] = 1
+        return logits
+
+    monkeypatch.setattr(retrieval, "feed", feed)
+    monkeypatch.setattr(retrieval, "account", lambda cache: {"bytes_held": 1, "tokens_held": 1})
+
+
 def test_one_who_reads_finds_all_and_one_who_guesses_does_not(session, words, monkeypatch):
     """Whoever looks the key up in what was fed is right everywhere: so are places and scores."""
     hay, contender = Haystack(session), session.contenders[0]
-    fed = {}
 
-    def reader(session, cache, tokens):
-        said = fed[cache] = fed.get(cache, []) + tokens
-        logits = torch.zeros(len(words.known))
-        for i in range(len(said) - 6):  # the needle: "The secret word of KEY is VALUE"
-            if said[i : i + 6] == said[-6:]:
-                logits[said[i + 6]] = 1
-                return logits
-        return logits
+    def reader(said):  # the needle: "... KEY is VALUE"
+        found = (i for i in range(len(said) - 2) if said[i : i + 2] == said[-2:])
+        return said[next(found, 0) + 2]
 
-    monkeypatch.setattr(retrieval, "feed", reader)
-    rows = list(retrieval.measure(session, hay, contender, 200))
-    assert len(rows) == 2 * 2 * len(retrieval.DEPTHS)
+    reading(monkeypatch, words, reader)
+    rows = [row for row in retrieval.measure(session, hay, contender, 200) if "case" in row]
+    assert len(rows) == 3 * len(retrieval.DEPTHS)
     assert {row["value"] for row in rows} == {1}
     guess = random.Random(0)
-
-    def guesser(session, cache, tokens):
-        return torch.tensor([guess.random() for _ in words.known])
-
-    monkeypatch.setattr(retrieval, "feed", guesser)
-    session.config = replace(session.config, trials=20)
+    reading(monkeypatch, words, lambda said: guess.choice(hay.words[1]))
+    session.config = replace(session.config, trials=40)
     rows = list(retrieval.measure(session, hay, contender, 200))
-    found = [row["value"] for row in rows if row["metric"] == "retrieval"]
-    assert sum(found) / len(found) == pytest.approx(1 / CHOICES, abs=0.06)
+    for metric in ("retrieval", "retrieval_asked"):
+        found = [row["value"] for row in rows if row["metric"] == metric]
+        assert sum(found) / len(found) == pytest.approx(1 / CHOICES, abs=0.08)
 
 
-def test_the_context_is_fed_in_chunks_and_read_from_the_cache(session):
-    built = session.contenders[0].build(session.model.config, 200)
-    tokens = Haystack(session).trial(144, (0.5,), 0).context
-    logits = retrieval.feed(session, built, tokens)
-    assert built.get_seq_length() == len(tokens)
-    with torch.no_grad():
-        whole = session.model(torch.tensor([tokens]), use_cache=False).logits[0, -1]
-    assert torch.allclose(logits, whole, atol=1e-4)
+def test_a_prompt_is_read_whole_before_anything_goes(session):
+    contender = Contender("snapkv(budget=40, every=8, window=8)")
+    cache = contender.build(session.model.config, 200)
+    retrieval.prompt(session, cache, list(range(100)))
+    assert (cache.held(), cache.get_seq_length()) == (40, 100)
+
+
+def test_questions_after_a_text_do_not_help_each_other(session):
+    """Each answer is what it would be were it the only one."""
+    trial = Haystack(session).trial(200, retrieval.DEPTHS, 0)
+    contender = Contender("snapkv(budget=60, every=32, window=8)")
+    together = list(retrieval.answers(session, contender, trial, 200))
+    for i, question in enumerate(trial.questions):
+        alone = trial._replace(questions=[question])
+        assert [together[i]] == list(retrieval.answers(session, contender, alone, 200))
 
 
 def test_retrieval_end_to_end(needles, words, tmp_path, console):
-    config = replace(needles, strategies=("growing", "int2"))
+    chosen = "snapkv(budget=60, every=16, window=8)"
+    config = replace(needles, strategies=("growing", chosen))
     folder, rows = tiny_run.measured(config, tmp_path / "out", console)
     assert rows[0]["strategy"] == "transformers:dynamic"
     share = {
-        (r["strategy"], r["metric"], json.dumps(r["case"])): (r["value"], r["n"]) for r in rows
+        (r["strategy"], r["metric"], json.dumps(r["case"])): (r["value"], r["n"])
+        for r in rows
+        if r["case"]
     }
-    assert len(share) == len(rows) == 3 * 2 * 2 * 2 * len(retrieval.DEPTHS)
+    assert len(share) == 3 * 2 * 3 * len(retrieval.DEPTHS)
     for (name, metric, case), figure in share.items():
         if name == "growing":
             assert figure == share["transformers:dynamic", metric, case]
     assert {n for _, n in share.values()} == {1}
+    for row in rows:
+        assert row["stats"]["bytes_held"] > 0
+        if row["strategy"] == chosen:
+            assert row["stats"]["retention"]["kept"] == [[60] * 2] * 2
+    held = {(r["strategy"], r["metric"]): r["value"] for r in rows if r["context"] == 200}
+    assert held[chosen, "tokens_held"] == 60
+    assert held["growing", "tokens_held"] > 180
     table = (folder / "table.md").read_text()
-    assert "share of words found ↑, 1 key**" in table
-    assert "share of words found ↑, 5 keys**" in table
+    assert "words found, asked in the prompt ↑ | words found ↑ |" in table
+    assert "**144 tokens**" in table
+
+
+def test_shares_of_all_depths_are_one_share():
+    rows = [
+        {
+            "strategy": "a",
+            "metric": "retrieval",
+            "context": 9,
+            "case": {"depth": d},
+            "value": v,
+            "n": n,
+        }
+        for d, v, n in ((0, 1.0, 1), (1, 0.5, 3))
+    ]
+    (row,) = retrieval.pooled(rows)
+    assert (row["value"], row["n"], row["case"]) == (2.5 / 4, 4, None)
