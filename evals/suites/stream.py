@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 BUDGETS = 512, 1024
 DEFAULTS: dict[str, Any] = {
+    "windows": 4,  # which differ more than methods do
     "strategies": (
         "transformers:dynamic",
         *(
@@ -33,7 +34,7 @@ DEFAULTS: dict[str, Any] = {
                 "sinks(sinks=4, window={window})",
             )
         ),
-    )
+    ),
 }
 NEEDS = {"model", "text"}
 
