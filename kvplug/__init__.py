@@ -4,6 +4,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 from . import launch
 from .cache import Cache
+from .calibrate import calibrate
 from .choose import Choice, recommend
 from .codecs.base import Codec, Encoded
 from .errors import (
@@ -73,6 +74,7 @@ __all__ = [
     "add",
     "available",
     "build",
+    "calibrate",
     "estimate",
     "load",
     "option",

@@ -1,10 +1,11 @@
-"""`kvplug list`, `estimate`, `recommend`, `run`, `store` and `warmup`."""
+"""`kvplug list`, `estimate`, `recommend`, `calibrate`, `run`, `store` and `warmup`."""
 
 from __future__ import annotations
 
 import argparse
 import contextlib
 import sys
+from pathlib import Path
 
 from .errors import KvplugError, SpecError
 from .store.cli import add_arguments
@@ -46,6 +47,16 @@ def main(argv: list[str] | None = None) -> int:
         "--drift", choices=ALLOWED, default="none", help="what may be lost (default none)"
     )
     advice.add_argument("--device", default="cpu", help="on which the model runs (default cpu)")
+    measure = commands.add_parser(
+        "calibrate",
+        help="measure a model's layers, for codecs to take widths of their own in each",
+        epilog="example: kvplug calibrate --model Qwen/Qwen3-8B --out qwen3-8b.safetensors",
+    )
+    measure.add_argument("--model", required=True, help="Hub id or local folder")
+    measure.add_argument(
+        "--text", help="file of 4,096 tokens or more (default: Python's language reference)"
+    )
+    measure.add_argument("--out", required=True, help="file to write")
     launch = commands.add_parser(
         "run",
         help="a command, unedited, that knows the names and takes one where it names no cache",
@@ -151,6 +162,24 @@ def _recommend(args: argparse.Namespace) -> int:
     return 2 if choice.best is None else 0
 
 
+def _calibrate(args: argparse.Namespace) -> int:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from .calibrate import calibrate
+
+    text = None if args.text is None else Path(args.text).read_text(encoding="utf-8")
+    if not Path(args.out).absolute().parent.is_dir():
+        raise SpecError(f"--out {args.out!r}: there is no such folder")
+    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    model = AutoModelForCausalLM.from_pretrained(args.model, dtype="auto").eval()
+    about = calibrate(model, tokenizer, args.out, text)
+    print(
+        f"{args.out}: {Path(args.out).stat().st_size:,} bytes, from {about['tokens']:,} tokens of "
+        f"{about['text']}; use it as int3(calibration={args.out!r})"
+    )
+    return 0
+
+
 def _run(args: argparse.Namespace) -> int:
     from .launch import run
 
@@ -192,6 +221,7 @@ COMMANDS = {
     "list": _list,
     "estimate": _estimate,
     "recommend": _recommend,
+    "calibrate": _calibrate,
     "run": _run,
     "store": run_store,
     "warmup": _warmup,

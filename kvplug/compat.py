@@ -110,6 +110,11 @@ def put_cache(model_kwargs: dict, old: Any, new: Any) -> None:
     model_kwargs[slot] = new
 
 
+def cache_layers(config: Any) -> int:
+    """How many layers a cache for a model of this config has."""
+    return len(transformers.DynamicCache(config=config).layers)
+
+
 def layer_devices(model: Any, layers: int) -> list[torch.device]:
     """Where the attention of each layer of a model computes."""
     devices = [model.device] * layers

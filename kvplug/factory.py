@@ -19,6 +19,7 @@ from .compat import (
     LinearAttentionLayer,
 )
 from .errors import Mismatch, SpecError
+from .facts import difference, facts
 from .layers.base import AttentionLayer, Slot
 from .layers.combined import with_state
 from .layers.layout import Growing
@@ -43,16 +44,6 @@ if TYPE_CHECKING:
 # transformers' layers of plain attention, with and without a linear-attention state beside it
 FULL = (DynamicLayer, LinearAttentionAndFullAttentionLayer)
 SLIDING = (DynamicSlidingWindowLayer, LinearAttentionAndSlidingWindowAttentionLayer)
-# of a config: what says which caches are of one kind
-FACTS = (
-    "model_type",
-    "vocab_size",
-    "hidden_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-)
 
 
 def build(
@@ -139,7 +130,7 @@ def build(
             )
     if reuse is not None:
         reuse.check(strategy)
-    cache = Cache(layers, strategy, stats, unpadded_only, _facts(text))
+    cache = Cache(layers, strategy, stats, unpadded_only, facts(text))
     cache.reuse = reuse
     return cache
 
@@ -162,26 +153,17 @@ def load(folder: str | os.PathLike, model: PreTrainedModel) -> Cache:
     folder = Path(folder)
     head, layers = saved.read(folder)
     cache = build(head["strategy"], model.config.get_text_config(decoder=True))
-    for what, mine in cache.model.items():
-        if (theirs := head["model"].get(what)) != mine:
-            raise Mismatch(
-                f"the cache in {folder} is of a model whose {what} is {theirs!r}, and that of "
-                f"{type(model).__name__} is {mine!r}"
-            )
+    if what := difference(head["model"], cache.model):
+        raise Mismatch(
+            f"the cache in {folder} is of a model whose {what} is {head['model'].get(what)!r}, and "
+            f"that of {type(model).__name__} is {cache.model[what]!r}"
+        )
     cache.check_state(head["format"], head["strategy"], len(layers))
     devices = compat.layer_devices(model, len(layers))
     for i, (layer, device) in enumerate(zip(layers, devices, strict=True)):
         cache.load_layer(i, saved.state_of(folder, layer, device))
     cache.may_grow = head["may_grow"]
     return cache
-
-
-def _facts(text: PreTrainedConfig) -> dict[str, Any]:
-    """What a cache of one model has that one of another kind has not, in JSON's types."""
-    configs = getattr(text, "per_layer_config", None) or [text]
-    facts = {name: [getattr(c, name, None) for c in configs] for name in FACTS}
-    facts = {name: x[0] if len(set(map(str, x))) == 1 else x for name, x in facts.items()}
-    return {name: x if isinstance(x, int | str | None) else str(x) for name, x in facts.items()}
 
 
 def _needs_own_mask(strategy: Strategy, config: PreTrainedConfig) -> str | None:

@@ -13,9 +13,20 @@ if typing.TYPE_CHECKING:
     from .spec import Strategy
 
 
-def option(default: Any, doc: str, *, ge: float | None = None, choices: tuple | None = None) -> Any:
-    """A stage argument: its default, one line of documentation, and the values it accepts."""
-    return dataclasses.field(default=default, metadata={"doc": doc, "ge": ge, "choices": choices})
+def option(
+    default: Any,
+    doc: str,
+    *,
+    ge: float | None = None,
+    choices: tuple | None = None,
+    passing: bool = False,
+) -> Any:
+    """A stage argument: its default, one line of documentation, and the values it accepts.
+
+    passing: its repr leaves the default out, as reprs did before there was the argument.
+    """
+    metadata = {"doc": doc, "ge": ge, "choices": choices, "passing": passing}
+    return dataclasses.field(default=default, metadata=metadata)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,8 +63,12 @@ class Stage:
         cls.__repr__ = Stage.__repr__
 
     def __repr__(self) -> str:
-        fields = [f.name for f in dataclasses.fields(self)]
-        return f"{self.name}({', '.join(f'{name}={getattr(self, name)!r}' for name in fields)})"
+        shown = [
+            f"{f.name}={getattr(self, f.name)!r}"
+            for f in dataclasses.fields(self)
+            if not f.metadata.get("passing") or getattr(self, f.name) != f.default
+        ]
+        return f"{self.name}({', '.join(shown)})"
 
     def __str__(self) -> str:
         """The short spelling: only what differs from the defaults."""

@@ -113,7 +113,7 @@ class Strategy:
         Raises SpecError where the strategy lacks something, or cannot serve such a model.
         """
         layout = Growing() if open_ended else self.layout.resolve(max_cache_len)
-        strategy = self.replace(layout=layout)
+        strategy = self._concrete(config).replace(layout=layout)
         attention = compat.attention(config)
         if self.retention.queries and attention not in (None, "sdpa"):
             raise SpecError(
@@ -129,6 +129,24 @@ class Strategy:
                 "dense tensors only; choose 'sdpa', or a strategy with exact+device"
             )
         return strategy.replace(kernel=Reference())  # whose layers return tensors and no views
+
+    def _concrete(self, config: PreTrainedConfig) -> Strategy:
+        """The same with a concrete codec in each layer."""
+        layers = compat.cache_layers(config)
+        own = self.named(layers)
+        asked = [own.get(i, self.codec) for i in range(layers)]
+        found: dict[int, Codec] = {}
+        for codec in dict.fromkeys(asked):
+            of = [i for i, x in enumerate(asked) if x == codec]
+            found |= zip(of, codec.resolve(config, of), strict=True)
+        if all(found[i] == codec for i, codec in enumerate(asked)):
+            return self
+        plain = [x for i, x in found.items() if i not in own] or [*found.values()]
+        most = max(plain, key=plain.count)
+        others = {x: tuple(i for i in range(layers) if found[i] == x) for x in found.values()}
+        return self.replace(
+            codec=most, by_layer=tuple((x, numbers) for x, numbers in others.items() if x != most)
+        )
 
     def at(self, layer_idx: int, layers: int) -> Strategy:
         """The strategy of one layer of a model that has so many.

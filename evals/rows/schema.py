@@ -75,6 +75,7 @@ METRICS = {
         "%", "zero", "perplexity against the exact cache's; moves by luck on short texts"
     ),
     "kl": Metric("nat", "lower", "mean KL(exact || strategy) of the next-token distributions"),
+    "kl_estimated": Metric("nat", "lower", "the same, by the Fisher information of what is stored"),
     "kl_generated": Metric("nat", "lower", "the same on text that the model itself generated"),
     "top1": Metric("1", "higher", "share of positions where both have the same most likely token"),
     "greedy": Metric(

@@ -8,7 +8,10 @@ from typing import TYPE_CHECKING, ClassVar, final
 from ..stage import Stage
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from torch import Tensor
+    from transformers import PreTrainedConfig
 
 # every tensor [B, H, N, ...]: N blocks on axis 2, so that blocks can be sliced and appended
 Encoded = dict[str, "Tensor"]
@@ -69,6 +72,13 @@ class Codec(Stage):
     def max_error(self, data: Encoded, side: int) -> Tensor:
         """The codec's own bound on |decoded - original|, broadcastable to [B, H, N, block, D]."""
         raise NotImplementedError
+
+    def resolve(self, config: PreTrainedConfig, layers: Sequence[int]) -> list[Codec]:
+        """What serves each of these layers of a model of this config, all of them concrete.
+
+        Raises SpecError where the codec lacks something, or cannot serve such a model.
+        """
+        return [self] * len(layers)
 
     @final
     def encode(self, keys: Tensor, values: Tensor) -> Encoded:

@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
+from .. import calibration
 from ..errors import SpecError
 from ..stage import option
+from . import widths
 from .base import Codec, Encoded
 from .formats import LEVELS, PLANES, WIDTHS, decode_rotated, levels, unpack
 from .hadamard import spreader
 from .quantize import group_of, half_step, pack, quantize
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from torch import Tensor
+    from transformers import PreTrainedConfig
 
 # the largest number that a code of so many bits means, of the root mean square of values that are
 # normal (Max, 1960); with more bits nothing is cut off
@@ -54,10 +60,28 @@ class Rotated(Codec):
     first: int = option(4, "first tokens of each row kept in full precision", ge=0)
     k_bits: int = _bits(4)
     v_bits: int = _bits(4)
+    calibration: str | None = option(
+        None, "file of `kvplug calibrate`: widths by layer, as many bits in all", passing=True
+    )
 
     @cached_property  # asked in every call of a kernel
     def format(self) -> str:
         return "rotated" if {self.k_bits, self.v_bits} <= set(WIDTHS) else "rotated_planes"
+
+    def resolve(self, config: PreTrainedConfig, layers: Sequence[int]) -> list[Codec]:
+        """Itself, or with a calibration `int` of each layer's own widths."""
+        if self.calibration is None or not layers:
+            return [self] * len(layers)
+        told = calibration.read(self.calibration, config, widths.SECTION)
+        rows, wanted = list(layers), (self.k_bits, self.v_bits)
+        found = widths.assign(told["kl"][rows], told["numbers"][rows], wanted)
+        # what was not measured stores too little to matter, or nothing
+        most = Counter(x for x in found if x).most_common(1)
+        rest = most[0][0] if most else wanted
+        given = dataclasses.asdict(self) | {"calibration": None}
+        return [
+            Rotated(**given | {"k_bits": k, "v_bits": v}) for k, v in (x or rest for x in found)
+        ]
 
     def encode_side(self, x: Tensor, side: int) -> Encoded:
         turned = _turn(x)
