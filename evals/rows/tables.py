@@ -50,7 +50,7 @@ def share(row: Row, exact: Row | None) -> str:
     """A share of n yes-or-no answers, and its 95 % interval (Wilson, 1927)."""
     p, n, z = row["value"], row["n"], 1.96
     middle, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + (z / (2 * n)) ** 2)
-    low, high = ((middle + side) / (1 + z * z / n) for side in (-half, half))
+    low, high = (max(0.0, middle + side) / (1 + z * z / n) for side in (-half, half))
     return f"{p:.2f} ({low:.2f}-{high:.2f})"
 
 

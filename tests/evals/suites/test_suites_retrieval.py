@@ -9,6 +9,7 @@ import tiny_run
 import torch
 
 from evals.measure.needles import CHOICES, Haystack
+from evals.rows.tables import share
 from evals.setup.contenders import Contender
 from evals.suites import retrieval
 
@@ -107,3 +108,4 @@ def test_shares_of_all_depths_are_one_share():
     ]
     (row,) = retrieval.pooled(rows)
     assert (row["value"], row["n"], row["case"]) == (2.5 / 4, 4, None)
+    assert share(row | {"value": 0.0}, None) == "0.00 (0.00-0.49)"
