@@ -69,6 +69,7 @@ class Cache(transformers.Cache):
     def stats(self) -> dict:
         """What ran: calls per kernel, dense copies by cause, blocks encoded; and the full spec.
 
+        `blocks_for_queries`: those of them whose keys were rounded for queries of attention.
         `chosen`: why `auto` took it; None where the caller has named it. `retention`, of methods
         that choose by content: the `budget` asked, the `evictions` of a layer, and what is `kept`
         by layer and head (None of a layer that chooses nothing). `reused_tokens`: those of all rows

@@ -98,6 +98,8 @@ def _fill(
             layer.lazy_initialization(key, value)
             return
         layer.update(key, value)
+        if isinstance(layer, AttentionLayer):
+            layer.settle()
 
 
 def dtype_of(config: PreTrainedConfig, dtype: torch.dtype | str | None) -> torch.dtype:

@@ -19,6 +19,7 @@ class Stats:
         self.kernels: Counter[str] = Counter()
         self.materialised: Counter[str] = Counter()
         self.blocks_encoded = 0
+        self.blocks_for_queries = 0  # of these: keys rounded for the queries that attention showed
         self.other_questions = 0  # prompts given to what had been chosen for an earlier one
 
     def materialise(self, reason: str) -> None:
@@ -47,5 +48,6 @@ class Stats:
             "kernels": dict(self.kernels),
             "materialised": dict(self.materialised),
             "blocks_encoded": self.blocks_encoded,
+            "blocks_for_queries": self.blocks_for_queries,
             "other_questions": self.other_questions,
         }

@@ -173,12 +173,13 @@ def test_more_bits_less_error():
 
 @pytest.mark.parametrize("name", ["int8", "int4", "int2"])
 def test_the_bound_is_no_wider_than_it_must_be(name):
-    """That of keys of one channel, to which turning adds nothing."""
+    """That of keys of one channel, to which turning adds nothing; of half of it, with feedback."""
     codec = kvplug.parse(name).codec
     x = torch.randn(1, 2, 64, 64, 1, generator=torch.Generator().manual_seed(0))
     data = codec.encode_side(x, 0)
     error = (codec.decode_side(data, 0) - x).abs()
-    assert 0.97 < (error / codec.max_error(data, 0)).max() <= 1
+    most = 0.5 if codec.feedback else 1.0
+    assert 0.97 * most < (error / codec.max_error(data, 0)).max() <= most
 
 
 def test_keys_and_values_have_their_own_bits():

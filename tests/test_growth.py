@@ -143,6 +143,7 @@ def filled(spec, room, tokens=19, batch=2):
     cache = kvplug.build(spec, tiny_llama().config, max_cache_len=room)
     for layer in cache.layers:
         layer.update(*(normal(batch, 2, tokens, 16, seed=s) for s in (1, 2)))
+        layer.settle()
     return cache
 
 

@@ -18,6 +18,7 @@ import kvplug
 from evals.measure import clock
 from evals.measure.memory import held_bytes
 from kvplug.compat import DynamicLayer, DynamicSlidingWindowLayer
+from kvplug.layers.base import AttentionLayer
 
 if TYPE_CHECKING:
     from transformers import Cache, PreTrainedModel
@@ -69,6 +70,8 @@ class Filler:
             heads = self.model.config.get_text_config(decoder=True).num_attention_heads
             queries = self._random(keys[:, :1].expand(-1, heads, -1, -1), *keys.shape[::2])
             scaled_dot_product_attention(queries, *views, is_causal=True, enable_gqa=True)
+        if isinstance(cache.layers[index], AttentionLayer):  # nobody else calls attention
+            cache.layers[index].settle()
 
     def stored_bytes(self, contender: Contender, context: int) -> int:
         """Return the bytes that `context` tokens of one row take."""

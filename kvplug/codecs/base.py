@@ -44,6 +44,7 @@ class Codec(Stage):
     block: int
     tail: int
     first = 0  # a codec that has the option says so
+    feedback = False  # whether it rounds keys for queries, where it is shown any: `encode_keys`
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
@@ -80,10 +81,21 @@ class Codec(Stage):
         """
         return [self] * len(layers)
 
+    def encode_keys(self, keys: Tensor, moment: Tensor) -> Encoded:
+        """`encode_side` of keys for queries of this second moment, of a codec with `feedback`.
+
+        moment: [B, H, Dk, Dk] float32, the mean of q q.T or any multiple of it.
+        """
+        raise NotImplementedError
+
     @final
-    def encode(self, keys: Tensor, values: Tensor) -> Encoded:
-        """Both sides: keys [B, H, N, block, Dk] and values [B, H, N, block, Dv]."""
-        return self.encode_side(keys, 0) | self.encode_side(values, 1)
+    def encode(self, keys: Tensor, values: Tensor, moment: Tensor | None = None) -> Encoded:
+        """Both sides: keys [B, H, N, block, Dk] and values [B, H, N, block, Dv].
+
+        moment: of queries, as `encode_keys` wants it; None: none were seen.
+        """
+        coded = self.encode_side(keys, 0) if moment is None else self.encode_keys(keys, moment)
+        return coded | self.encode_side(values, 1)
 
     @final
     def decode(self, data: Encoded) -> tuple[Tensor, Tensor]:

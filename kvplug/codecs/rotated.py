@@ -15,6 +15,7 @@ from ..errors import SpecError
 from ..stage import option
 from . import widths
 from .base import Codec, Encoded
+from .feedback import round_keys, turned
 from .formats import LEVELS, PLANES, WIDTHS, decode_rotated, levels, unpack
 from .hadamard import spreader
 from .quantize import group_of, half_step, pack, quantize
@@ -48,9 +49,15 @@ class Rotated(Codec):
     block for keys, with a float16 scale and zero (KIVI, arXiv:2402.02750); for values `group`
     neighbouring channels of one token, symmetric, with one byte. The first `first` tokens of each
     row, which all later ones attend to, stay exact, and so do the newest `tail`.
-    Error of what was turned: keys scale / 2; values half a step, one step where a number was cut
-    off. Departures: widths of K and V apart, and blocks are never encoded again. The tensors:
-    `formats.py`.
+
+    Keys of fewer than 8 bits are rounded for the queries of the call after which they are encoded
+    (`feedback.py`), where there are as many as a head has channels: those of a prompt are, those of
+    tokens that come one by one, of `static`, of a draft that may be rolled back, and of attention
+    that shows a cache no query are rounded to the nearest code. `stats()` counts both.
+
+    Error of what was turned: keys scale / 2, or scale where they are rounded for queries; values
+    half a step, one step where a number was cut off. Departures: widths of K and V apart, and
+    blocks are never encoded again. The tensors: `formats.py`.
     """
 
     name: ClassVar[str] = "int"
@@ -83,14 +90,26 @@ class Rotated(Codec):
             Rotated(**given | {"k_bits": k, "v_bits": v}) for k, v in (x or rest for x in found)
         ]
 
+    @property
+    def feedback(self) -> bool:
+        return self.k_bits < 8  # where there is something to gain
+
     def encode_side(self, x: Tensor, side: int) -> Encoded:
-        turned = _turn(x)
+        numbers = _turn(x)
         if side == 0:
-            codes, scale, zero = quantize(turned.transpose(-1, -2), self.k_bits)
-            return {"k_codes": pack(codes, self.k_bits), "k_scale": scale, "k_zero": zero}
-        codes, scale = _quantize_values(turned, group_of(x.shape[-1], self.group), self.v_bits)
+            return self._keys(*quantize(numbers.transpose(-1, -2), self.k_bits))
+        codes, scale = _quantize_values(numbers, group_of(x.shape[-1], self.group), self.v_bits)
         packed = pack(codes.transpose(-1, -2), self.v_bits).transpose(-1, -2)
         return {"v_codes": packed.contiguous(), "v_scale": scale}
+
+    def encode_keys(self, keys: Tensor, moment: Tensor) -> Encoded:
+        numbers = _turn(keys).transpose(-1, -2)
+        _, scale, zero = quantize(numbers, self.k_bits)
+        codes = round_keys(numbers, scale, zero, self.k_bits, turned(moment))
+        return self._keys(codes, scale, zero)
+
+    def _keys(self, codes: Tensor, scale: Tensor, zero: Tensor) -> Encoded:
+        return {"k_codes": pack(codes, self.k_bits), "k_scale": scale, "k_zero": zero}
 
     def decode_side(self, data: Encoded, side: int) -> Tensor:
         return decode_rotated(self, data, side)
@@ -98,6 +117,8 @@ class Rotated(Codec):
     def max_error(self, data: Encoded, side: int) -> Tensor:
         if side == 0:
             k = half_step(data["k_scale"], data["k_zero"], self.k_bits, LOST)
+            if self.feedback:  # one of both neighbours
+                k = k + data["k_scale"].float() / 2
             return _turned_back(k)[..., None, :]  # [B, H, N, 1, Dk]
         codes = unpack(data["v_codes"].transpose(-1, -2), self.v_bits).transpose(-1, -2)
         step = levels(self.v_bits, codes.device)[data["v_scale"].int()]

@@ -64,6 +64,9 @@ class AttentionLayer(RowOperations):
         """Hold what a layer built alike has held, copied, on the device of its tensors."""
         raise NotImplementedError
 
+    def settle(self) -> None:
+        """Encode and drop now what waits for attention to show its queries."""
+
     # --- prefixes: what one chunk of a prompt after the other adds, to be joined again later
 
     by_chunks = False  # whether the four below are there

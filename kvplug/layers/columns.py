@@ -59,6 +59,7 @@ class Columns(AttentionLayer):
     def encoded(self) -> tuple[int, int, Encoded | None]:
         if not self.is_initialized:
             return 0, 0, None
+        self.settle()
         blocks = self.blocks.read() if len(self.blocks) else None
         return self._first_coded(), self._tail_start(), blocks
 
@@ -73,6 +74,7 @@ class Columns(AttentionLayer):
         return self._dense(1) if self.seen else None
 
     def _dense(self, side: int) -> Tensor:
+        self.settle()
         first = self._first_visible()
         if not self._has_sinks(first):
             return self._read(first, self.seen, side).clone()

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..attention.gradients import recorded, refuse_training
+from ..attention.view import Watch
+from ..codecs.feedback import second_moment
 from ..compat import CacheLayerMixin
 from ..errors import CacheOverflow, Evicted
 from ..placement.device import OnDevice
@@ -54,6 +56,7 @@ class Layer(Columns, CacheLayerMixin):
     def _forget(self) -> None:
         self.is_initialized = self.record_past = False
         self.seen = 0
+        self._waits = False  # whether blocks are due, once attention has shown queries
         self._fetched: dict[str, Tensor] | None = None  # blocks under way to the device
 
     # --- what transformers calls in a forward pass
@@ -121,6 +124,7 @@ class Layer(Columns, CacheLayerMixin):
         """
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
+        self.settle()
         new = key_states, value_states
         S = key_states.shape[-2]
         if held := self.tail.tensors:
@@ -141,8 +145,36 @@ class Layer(Columns, CacheLayerMixin):
 
     def _after_update(self, S: int) -> None:
         """What follows the S newest tokens; attention still reads what `update` returns."""
-        if not self.record_past:
+        if not self.record_past and not self._waits:
             self._settle()
+
+    def settle(self) -> None:
+        if self._waits:  # attention shows no queries, or nobody has called it
+            self._settle()
+
+    def _watch(self, S: int) -> Watch | None:
+        """Who wants to see the queries of S new tokens: keys are rounded for them."""
+        asks = self.strategy.codec.feedback and not self.record_past and self._due()[1] > 0
+        self._waits = asks and not torch.compiler.is_compiling()
+        if not self._waits:
+            return None
+        return Watch(self._attended, S, S, log_sum_exp=False, missed=self.settle)
+
+    def _attended(self, queries: Tensor, log_sum_exp: Tensor | None, scale: float) -> None:
+        """Encode what is due for queries [B, Q, n, D] of a call, its newest ones."""
+        if self._waits:  # else another layer of the model reads the same tokens
+            self._settle(queries=queries)
+
+    def _moment(self, queries: Tensor) -> Tensor | None:
+        """The second moment of queries [B, Q, n, D]; None of too few to say which way they look."""
+        H = self.tail.tensors["k"].shape[1]
+        if queries.shape[1] // H * queries.shape[2] < queries.shape[3]:
+            return None
+        if self.padding.any():
+            column = torch.arange(self.seen - queries.shape[2], self.seen, device=self.device)
+            real = column >= self.padding[:, None]  # [B, n]
+            queries = queries.masked_fill(~real[:, None, :, None], 0.0)
+        return second_moment(queries, H)
 
     def get_seq_length(self) -> int:
         """Tokens seen, padding included."""
@@ -238,6 +270,7 @@ class Layer(Columns, CacheLayerMixin):
         self._fetched = None
 
     def state(self) -> State:
+        self.settle()
         state: State = {"seen": self.seen, "record_past": self.record_past}
         if not self.is_initialized:
             return state | {"padding": self.padding}
@@ -307,27 +340,40 @@ class Layer(Columns, CacheLayerMixin):
 
     # --- encoding, dropping, taking back
 
-    def _settle(self, tail: int | None = None) -> None:
+    def _settle(self, tail: int | None = None, queries: Tensor | None = None) -> None:
         """Drop what no later query can see, then encode and place the blocks the tail can spare.
 
         tail: newest tokens that stay as they are; None: as many as the codec says.
+        queries: [B, Q, n, D], those of the newest n tokens, where attention has shown them.
         """
         codec = self.strategy.codec
-        tail = codec.tail if tail is None else tail
+        self._waits = False
         self._fetched = None  # a copy of blocks as they were
         self._evict()
+        front, n = self._due(tail)
+        if n > 0:
+            moment = self._moment(queries) if queries is not None and codec.feedback else None
+            rows = self.tail.read(front, front + n * codec.block)
+            keys, values = (rows[x].unflatten(2, (n, codec.block)) for x in ("k", "v"))
+            self.blocks.append(codec.encode(keys, values, moment))
+            self.tail.drop_first(front + n * codec.block)
+            self.stats.blocks_encoded += n
+            self.stats.blocks_for_queries += 0 if moment is None else n
+
+    def _due(self, tail: int | None = None) -> tuple[int, int]:
+        """How many of the oldest tokens in the tail are first ones, and how many blocks follow that
+        it can spare.
+        """
         if not self.cuts_blocks:
-            return
+            return 0, 0
+        codec = self.strategy.codec
         # the first tokens leave before the first block does
         front = self.sinks.count if self.sinks is not None and not self._first_stored() else 0
         front -= self._front()
-        n = (len(self.tail) - front - tail) // codec.block
-        if n > 0 and (not front or self.seen >= self._last_sink):  # those of all rows have come
-            rows = self.tail.read(front, front + n * codec.block)
-            keys, values = (rows[x].unflatten(2, (n, codec.block)) for x in ("k", "v"))
-            self.blocks.append(codec.encode(keys, values))
-            self.tail.drop_first(front + n * codec.block)
-            self.stats.blocks_encoded += n
+        if front and self.seen < self._last_sink:  # those of some row have not come
+            return front, 0
+        n = len(self.tail) - front - (codec.tail if tail is None else tail)
+        return front, max(0, n // codec.block)
 
     def _evict(self) -> None:
         """Drop what no later query can see: whole blocks, then of the tail."""

@@ -100,15 +100,20 @@ class ScoredLayer(Layer):
             super()._after_update(S)
 
     def _watch(self, S: int) -> Watch | None:
-        """Who wants to see the queries of S new tokens."""
+        """As `Layer` has it; and a method that asks for queries."""
+        of_codec = super()._watch(S)
         if not self.retention.queries:
-            return None
+            return of_codec
+        self._waits = False  # for what the method wants: `_unseen`
         # of a call that may be rolled back, all: the newest that stay are not known yet
-        n = S if self.record_past else self.retention.queries
+        n = S if self.record_past or of_codec else self.retention.queries
         return Watch(self._attended, S, n, self.retention.log_sum_exp)
 
     def _attended(self, queries: Tensor, log_sum_exp: Tensor | None, scale: float) -> None:
         """Take the newest queries [B, Q, n, Dk] of a call; then, or after `crop`, choose."""
+        if not self.retention.queries:
+            super()._attended(queries, log_sum_exp, scale)
+            return
         if not self._unseen:  # another layer of the model reads the same tokens
             return
         self._unseen, self._scale = 0, scale
@@ -116,9 +121,10 @@ class ScoredLayer(Layer):
         if log_sum_exp is not None:
             new["lse"] = log_sum_exp
         with lasting():
-            self.queries.append(new)
+            wanted = queries.shape[2] if self.record_past else self.retention.queries
+            self.queries.append({name: x[:, :, -wanted:] for name, x in new.items()})
         if not self.record_past:
-            self._settle()
+            self._settle(queries=queries)
 
     # --- columns
 
@@ -142,12 +148,12 @@ class ScoredLayer(Layer):
 
     # --- choosing
 
-    def _settle(self, tail: int | None = None) -> None:
+    def _settle(self, tail: int | None = None, queries: Tensor | None = None) -> None:
         wanted = self.retention.queries
         self._keep_queries(wanted)
         if self.retention.for_question and self.seen < self._prompt:
             return  # the question has not come
-        super()._settle(tail)
+        super()._settle(tail, queries)
         # of the queries that came, so many are among the newest at the next choice
         held = self.seen - self._first_stored()
         self._keep_queries(wanted - (self.retention.budget + self.retention.every - held))

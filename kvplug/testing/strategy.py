@@ -14,7 +14,7 @@ from transformers import DynamicCache, GenerationConfig
 
 from ..attention.view import View
 from ..cache import Cache
-from ..compat import cache_argument, output_cache
+from ..compat import ATTENTION, cache_argument, output_cache
 from ..errors import Unseen, ViewError
 from ..factory import build
 from ..layers.layout import Growing
@@ -137,10 +137,13 @@ class StrategyConformance(OnLayers, Reuse):
         assert isinstance(output_cache(out), Cache)
 
     def test_layout_and_placement_change_no_token(
-        self, run: Callable, strategy: Strategy, model: PreTrainedModel
+        self, run: Callable, strategy: Strategy, model: PreTrainedModel, monkeypatch: Any
     ) -> None:
         """What is kept and how it is encoded decide the result; where it lies does not."""
         plain = strategy.replace(layout=Growing(), placement=Device())
+        if strategy.layout.is_compileable(strategy) and plain.codec.feedback:
+            # a layer of a compiled step rounds keys plainly, and so does any where none are shown
+            monkeypatch.setattr(model.config, ATTENTION, "eager")
         if isinstance(plain.retention, Scored) and not plain.is_coded:
             pytest.skip(f"{strategy}: where tokens are placed in blocks, these go as wholes")
         assert torch.equal(run(prompt(37)), run(prompt(37), spec=f"{PREFIX}{plain!r}"))
