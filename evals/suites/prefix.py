@@ -24,6 +24,7 @@ from evals.rows.tables import Table, figure, grid, timing
 from evals.rows.task import Task
 from evals.setup.contenders import EXACT, Rival
 from evals.setup.control import Same
+from kvplug.codecs.rotated import Int4
 from kvplug.compat import cache_argument
 from kvplug.prefix import CHUNK
 
@@ -34,9 +35,10 @@ if TYPE_CHECKING:
     from evals.rows.schema import Row
     from evals.setup.contenders import Contender
 
-# whole chunks, and 64 tokens that are new
+# beside whole chunks: the first tokens, which encoded caches hold before them, and 64 that are new
+MORE = Int4().first + 64
 DEFAULTS: dict[str, Any] = {
-    "context": (CHUNK + 64, 8 * CHUNK + 64, 16 * CHUNK + 64),
+    "context": (CHUNK + MORE, 8 * CHUNK + MORE, 16 * CHUNK + MORE),
     "strategies": ("growing", "int8", "int4"),
 }
 NEEDS = {"model", "text"}
