@@ -6,12 +6,14 @@ import contextlib
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.nn.functional import scaled_dot_product_attention
 
 from .cache import nbytes
 from .compat import THEIR_NAMES, CacheLayerMixin, StaticLayer, modeling
 from .errors import KvplugError, SpecError, unknown
 from .factory import build
 from .layers.base import AttentionLayer
+from .layers.scored import ScoredLayer
 from .spec import PREFIX, PRESETS
 
 if TYPE_CHECKING:
@@ -48,7 +50,9 @@ def estimate(
     Raises SpecError for a strategy that cannot be, a name that means a cache of transformers' own
     in `generate`, a name that no dtype has, and more tokens than bytes can be counted for.
     State of linear-attention and conv layers is not counted, which does not grow with context, nor
-    the keys of an indexer (sparse attention, as of GLM-MoE-DSA), one narrow head of a layer.
+    the keys of an indexer (sparse attention, as of GLM-MoE-DSA), one narrow head of a layer. Where
+    a method chooses by content it is what is left of a prompt; what is left of tokens decoded after
+    it is near that, the room between two choices depending on which tokens these were.
     """
     if spec in THEIR_NAMES:
         ours = PREFIX + spec if PREFIX + spec in PRESETS else "growing"
@@ -64,9 +68,10 @@ def estimate(
     dtype = dtype_of(text, dtype)
     cache = _cache(spec, text, context)
     shapes = kv_shapes(text, len(cache.layers))
+    configs = _by_layer(text, len(cache.layers))
     of_kind: dict[tuple, int] = {}
     more = 0  # of layers that are like one that was filled
-    for layer, shape in zip(cache.layers, shapes, strict=True):
+    for layer, shape, own in zip(cache.layers, shapes, configs, strict=True):
         if not isinstance(layer, CacheLayerMixin):  # a state, or nothing
             continue
         kind = _kind(layer), shape
@@ -74,7 +79,11 @@ def estimate(
             more += of_kind[kind]
             continue
         before = nbytes(layer)
-        _fill(layer, shape, batch, [context - decoded, *[1] * decoded], dtype)
+        prompt, more_come, heads = context - decoded, decoded, 0
+        if isinstance(layer, ScoredLayer):  # nothing can be chosen among tokens of no data
+            prompt, more_come = layer.retention.last_choice(prompt, more_come)
+            heads = own.num_attention_heads
+        _fill(layer, shape, batch, [prompt, *[1] * more_come], dtype, heads)
         of_kind[kind] = nbytes(layer) - before
     return cache.nbytes() + more
 
@@ -88,16 +97,24 @@ def _kind(layer: Any) -> tuple:
 
 
 def _fill(
-    layer: Any, shape: tuple[int, int, int], batch: int, calls: list[int], dtype: torch.dtype
+    layer: Any,
+    shape: tuple[int, int, int],
+    batch: int,
+    calls: list[int],
+    dtype: torch.dtype,
+    heads: int,
 ) -> None:
-    """Give a layer as many tokens of no data as come in each of the calls."""
+    """Give a layer as many tokens of no data as come in each of the calls, and as many queries."""
     H, Dk, Dv = shape
     for S in calls:
         key, value = (torch.empty(batch, H, S, D, dtype=dtype, device="meta") for D in (Dk, Dv))
         if isinstance(layer, StaticLayer):  # all room is reserved ahead
             layer.lazy_initialization(key, value)
             return
-        layer.update(key, value)
+        views = layer.update(key, value)
+        if isinstance(layer, ScoredLayer) and layer.retention.queries:
+            query = torch.empty(batch, heads, S, Dk, dtype=dtype, device="meta")
+            scaled_dot_product_attention(query, *views, is_causal=S > 1, enable_gqa=True)
         if isinstance(layer, AttentionLayer):
             layer.settle()
 
@@ -127,8 +144,11 @@ def _cache(spec: str | Strategy, config: PreTrainedConfig, context: int) -> Cach
 
 def kv_shapes(config: PreTrainedConfig, layers: int) -> list[tuple[int, int, int]]:
     """Stored heads, key width and value width of each layer."""
-    configs = getattr(config, "per_layer_config", None) or [config] * layers
-    return [_kv_shape(c) for c in list(configs)[:layers]]
+    return [_kv_shape(c) for c in _by_layer(config, layers)]
+
+
+def _by_layer(config: PreTrainedConfig, layers: int) -> list[PreTrainedConfig]:
+    return list(getattr(config, "per_layer_config", None) or [config] * layers)[:layers]
 
 
 def _stores_latents(config: PreTrainedConfig) -> bool:

@@ -11,7 +11,8 @@ from huggingface_hub.errors import StrictDataclassError
 import kvplug
 from kvplug.cli import main
 from kvplug.compat import cache_argument
-from kvplug.testing import tiny_llama
+from kvplug.testing import specs, tiny_llama
+from kvplug.testing.matrix import CHOOSING
 from kvplug.testing.tools import prompt, random_model
 
 SPECS = [
@@ -243,3 +244,16 @@ def test_list_command(capsys):
     readers = dict(re.findall(r"^  (\w+) .*\[(.*)\]$", out, re.MULTILINE))
     assert readers["int4"].split(", ") == ["numba", "reference", "triton"]
     assert readers["fp8"] == readers["hqq"] == "reference"
+
+
+@pytest.mark.parametrize("method", CHOOSING)
+@pytest.mark.parametrize("rest", ["", "+int4(block=8, tail=0)", "+exact(block=8)+host"])
+def test_what_a_method_leaves_of_a_prompt(method, rest):
+    model, spec = tiny_llama(), specs.SMALL[method] + rest
+    cache = kvplug.build(spec, model.config)
+    with torch.no_grad():
+        model(prompt(100), **cache_argument(cache))
+    estimated = kvplug.estimate(spec, model.config, context=100)
+    assert estimated == pytest.approx(cache.nbytes(), rel=0.03)  # h2o remembers a number a token
+    whole = kvplug.estimate("growing" + rest, model.config, context=400)
+    assert kvplug.estimate(spec, model.config, context=400, decoded=300) < whole / 3

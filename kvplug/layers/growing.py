@@ -154,8 +154,7 @@ class Layer(Columns, CacheLayerMixin):
 
     def _watch(self, S: int) -> Watch | None:
         """Who wants to see the queries of S new tokens: keys are rounded for them."""
-        asks = self.strategy.codec.feedback and not self.record_past and self._due()[1] > 0
-        self._waits = asks and not torch.compiler.is_compiling()
+        self._waits = self.strategy.codec.feedback and not self.record_past and self._due()[1] > 0
         if not self._waits:
             return None
         return Watch(self._attended, S, S, log_sum_exp=False, missed=self.settle)
@@ -170,7 +169,7 @@ class Layer(Columns, CacheLayerMixin):
         H = self.tail.tensors["k"].shape[1]
         if queries.shape[1] // H * queries.shape[2] < queries.shape[3]:
             return None
-        if self.padding.any():
+        if self._padded or self.sinks is None:  # without sinks nobody has looked
             column = torch.arange(self.seen - queries.shape[2], self.seen, device=self.device)
             real = column >= self.padding[:, None]  # [B, n]
             queries = queries.masked_fill(~real[:, None, :, None], 0.0)

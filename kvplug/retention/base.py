@@ -160,6 +160,14 @@ class Scored(Retention):
         """Newest tokens that stay."""
         return 0
 
+    def last_choice(self, prompt: int, decoded: int) -> tuple[int, int]:
+        """Tokens held after the last choice, or after the prompt where there was none, and how many
+        have come since, of a prompt seen at once and so many tokens more, one by one.
+        """
+        held = prompt if prompt < self.budget + self.every else self.budget
+        beyond = held + decoded - self.budget
+        return (held, decoded) if beyond < self.every else (self.budget, beyond % self.every)
+
     def score(self, tokens: Candidates) -> Tensor:
         """How much each token is worth keeping, [B, H, T]: higher is kept."""
         raise NotImplementedError
