@@ -203,10 +203,10 @@ def test_a_compiler_stores_the_same_bytes(spec):
     "spec",
     [
         "int8(block=64, tail=0, group=64, first=4, k_bits=8, v_bits=8)",
-        "int4(block=64, tail=64, group=64, first=4, k_bits=4, v_bits=4)",
-        "int3(block=64, tail=64, group=64, first=4, k_bits=3, v_bits=3)",
-        "int2(block=64, tail=64, group=64, first=4, k_bits=3, v_bits=2)",
-        "k8v4(block=64, tail=64, group=64, first=4, k_bits=8, v_bits=4)",
+        "int4(block=64, tail=32, group=64, first=4, k_bits=4, v_bits=4)",
+        "int3(block=64, tail=32, group=64, first=4, k_bits=3, v_bits=3)",
+        "int2(block=64, tail=32, group=64, first=4, k_bits=3, v_bits=2)",
+        "k8v4(block=64, tail=32, group=64, first=4, k_bits=8, v_bits=4)",
     ],
 )
 def test_a_preset_in_full_is_that_preset(spec):

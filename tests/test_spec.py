@@ -69,7 +69,7 @@ def test_what_is_left_out_takes_the_default():
     full = "full()+growing()+exact(block=64, tail=0)+device()+auto()"
     assert repr(kvplug.parse("growing")) == full
     assert str(kvplug.parse(full)) == "growing"
-    assert str(kvplug.parse("host+int4(tail=64, group=16)")) == "int4(group=16)+host"
+    assert str(kvplug.parse("host+int4(tail=32, group=16)")) == "int4(group=16)+host"
 
 
 @pytest.mark.parametrize(

@@ -29,7 +29,7 @@ class Grouped(Codec):
     """
 
     block: int = option(64, "tokens per block", choices=(8, 16, 32, 64, 128, 256))
-    tail: int = option(64, "newest tokens kept in full precision", ge=0)
+    tail: int = option(32, "newest tokens kept in full precision", ge=0)
     group: int = option(64, "channels per scale, lowered to a divisor of head_dim", ge=1)
 
     def choose(self, x: Tensor) -> tuple[Tensor, Tensor]:

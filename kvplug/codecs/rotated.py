@@ -63,7 +63,7 @@ class Rotated(Codec):
     name: ClassVar[str] = "int"
     block: int = option(64, "tokens per block", choices=(8, 16, 32, 64, 128, 256))
     group: int = option(64, "value channels per scale, lowered to a divisor of head_dim", ge=1)
-    tail: int = _tail(64)
+    tail: int = _tail(32)
     first: int = option(4, "first tokens of each row kept in full precision", ge=0)
     k_bits: int = _bits(4)
     v_bits: int = _bits(4)
