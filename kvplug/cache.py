@@ -43,7 +43,7 @@ class Cache(transformers.Cache):
         unpadded_only: str | None = None,
         model: dict[str, Any] | None = None,
     ) -> None:
-        super().__init__(layers=layers)
+        transformers.Cache.__init__(self, layers=layers)
         self.strategy, self._stats = strategy, stats
         self.model = model or {}  # what tells its kind from others, for `save`
         self._unpadded_only = unpadded_only  # why no batch with padding can be served
@@ -338,19 +338,19 @@ def _storages(root: object) -> dict[int, int]:
     return found
 
 
-def _reduce(cache: Cache) -> tuple[Any, tuple[dict[str, Any]]]:
+def send(cache: Cache) -> tuple[Any, tuple[type, dict[str, Any]]]:
     """What goes to another process is a copy.
 
     torch shares the memory of tensors it sends, and a cache writes in place: two processes that
     went on with the same one would overwrite each other's tokens. A store stays where it is.
     """
-    return _restore, (vars(copy.deepcopy(cache)) | {"reuse": None},)
+    return _received, (type(cache), vars(copy.deepcopy(cache)) | {"reuse": None})
 
 
-def _restore(state: dict[str, Any]) -> Cache:
-    cache = Cache.__new__(Cache)
+def _received(kind: type[Cache], state: dict[str, Any]) -> Cache:
+    cache = kind.__new__(kind)
     vars(cache).update(state)
     return cache
 
 
-ForkingPickler.register(Cache, _reduce)
+ForkingPickler.register(Cache, send)

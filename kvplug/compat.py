@@ -105,9 +105,9 @@ ATTENTION = "_attn_implementation"
 
 
 def put_cache(model_kwargs: dict, old: Any, new: Any) -> None:
-    """A cache under the name that another has among a model's arguments."""
-    slot = next(key for key, value in model_kwargs.items() if value is old)
-    model_kwargs[slot] = new
+    """A cache under the name that another has among a model's arguments, or this version's."""
+    found = (k for k, value in model_kwargs.items() if old is not None and value is old)
+    model_kwargs[next(found, CACHE_ARGUMENT)] = new
 
 
 def cache_layers(config: Any) -> int:
@@ -206,6 +206,15 @@ def advice(missing: list[str]) -> str:
         f"pip install 'transformers=={TESTED[-1]}', or pass an object instead of a name: "
         "generate(..., cache=kvplug.build(...))"
     )
+
+
+# the class of cache that models of this kind alone make for themselves, and take
+MINIMAX = "models.minimax.modeling_minimax", "MiniMaxCache"
+
+
+def is_minimax(config: Any) -> bool:
+    """Whether models of this config take no cache but a `MiniMaxCache`."""
+    return config.model_type == "minimax" and find(*MINIMAX) is not None
 
 
 def builds_own_cache(model: Any) -> bool:

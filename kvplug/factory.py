@@ -130,7 +130,10 @@ def build(
             )
     if reuse is not None:
         reuse.check(strategy)
-    cache = Cache(layers, strategy, stats, unpadded_only, facts(text))
+    kind = Cache
+    if compat.is_minimax(text):
+        from .minimax import MiniMax as kind  # with the code of the model
+    cache = kind(layers, strategy, stats, unpadded_only, facts(text))
     cache.reuse = reuse
     return cache
 

@@ -213,7 +213,8 @@ def _prepare(original: Any) -> Any:
                 # an assistant's later rounds bring the cache of the first, and the target's config
                 generation_config = _without_ours(generation_config, static=False)
             return prepare(generation_config)
-        if compat.builds_own_cache(self):
+        builds = compat.builds_own_cache(self)
+        if builds and not compat.is_minimax(self.config):
             raise SpecError(
                 f"{type(self).__name__} builds its own kind of cache: "
                 f"cache_implementation={name!r} cannot apply; leave it out for this model"
@@ -246,7 +247,7 @@ def _prepare(original: Any) -> Any:
         tell(cache)
         result = prepare(_without_ours(generation_config, static=False))
         theirs = cache_in(model_kwargs)
-        if theirs is None:
+        if theirs is None and not builds:
             raise SpecError(
                 f"transformers prepared no cache for {type(self).__name__}: "
                 f"{name!r} cannot take its place"

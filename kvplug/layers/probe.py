@@ -20,7 +20,7 @@ import transformers
 from torch.overrides import TorchFunctionMode
 from transformers.modeling_outputs import BaseModelOutput
 
-from ..compat import ATTENTION, CACHE_ARGUMENTS, modeling
+from ..compat import ATTENTION, CACHE_ARGUMENTS, is_minimax, modeling
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -174,7 +174,8 @@ def _inputs(model: nn.Module, config: PreTrainedConfig, recorder: _Recorder) -> 
     if name is None:
         raise CannotProbe(f"{type(model).__name__} takes no cache")
     if not config.is_encoder_decoder:
-        return {"input_ids": ids, name: recorder, "use_cache": True}
+        # those of MiniMax look at the class of a cache only where they are told to use it
+        return {"input_ids": ids, name: recorder, "use_cache": not is_minimax(config)}
     cache = transformers.EncoderDecoderCache(recorder, transformers.DynamicCache())
     encoder = getattr(config, "encoder", config)
     encoded = BaseModelOutput(last_hidden_state=torch.zeros(1, 1, encoder.hidden_size))

@@ -39,7 +39,10 @@ class Run:
 
 @dataclass
 class Caller:
-    """One model, to be called with a strategy or, without, with transformers' own default."""
+    """One model, to be called with a strategy or, without, as transformers does by default.
+
+    Where transformers' own cache answers wrongly, it does without.
+    """
 
     name: str
     architecture: Architecture
@@ -61,6 +64,9 @@ class Caller:
             "do_sample": False, "max_new_tokens": self.new, "return_dict_in_generate": True,
             "output_logits": True,
         }  # fmt: skip
+        if self.spec is None and self.architecture.uncached:
+            # weights of attention are compared a step at a time; one row without beams is right
+            settings["use_cache"] = bool(kwargs.get("output_attentions"))
         if self.architecture.typed and "token_type_ids" not in inputs:
             inputs = inputs | as_text(inputs.get("input_ids", inputs.get("inputs_embeds")))
         torch.manual_seed(0)

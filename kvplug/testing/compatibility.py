@@ -23,7 +23,8 @@ _STAGE = r"(?:growing|static|exact|int\d|window|sinks|host|disk)(?:\([^)]*\))?"
 SPEC = re.compile(rf"\b{_STAGE}(?:\+{_STAGE})*")  # a strategy, as reasons name it
 SYMBOLS = {"exact": "=", "bound": "≈", "refused": "R", "n/a": "·", "crashed": "!", "wrong": "X"}
 MEANING = {
-    "exact": "the tokens and scores of transformers' `DynamicCache`",
+    "exact": "the tokens and scores of transformers' `DynamicCache`; of MiniMax, whose own cache "
+    "forgets padding and the order of beams, those of the model without a cache",
     "bound": "what is stored is within the codec's own bound of what the model wrote, in the "
     "columns that retention promises, and attention is dense attention over the same content",
     "refused": "an error of kvplug before the model ran, with its reason",

@@ -31,4 +31,6 @@ class Architecture:
     media: Callable[[Tensor], dict[str, Tensor]] | None = None  # ids -> inputs with picture, sound
     source: str = ""  # of an encoder-decoder: "text", "speech" or "wave"
     attention: str | None = None
+    # whether transformers' own cache answers wrongly: what is right is then computed without one
+    uncached: bool = False
     typed: bool = False  # it must be told which tokens are a picture's, in a text without any too
