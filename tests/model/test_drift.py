@@ -2,13 +2,14 @@
 
 import pytest
 import torch
+from torch.nn.functional import cross_entropy
 from transformers import DynamicCache
 
 import kvplug
 from evals.setup.control import Broken
 from kvplug.compat import cache_argument
 
-WINDOW, CHUNK, SKIP = 1024, 64, 256
+WINDOW, CHUNK, SKIP = 512, 64, 128
 
 
 @torch.no_grad()
@@ -32,7 +33,7 @@ def kl(exact, q):
     return float((exact.exp() * (exact - q)).sum(-1).mean())
 
 
-@pytest.mark.parametrize(("spec", "most"), [("int8", 0.0001), ("int4", 0.004)])
+@pytest.mark.parametrize(("spec", "most"), [("int8", 2e-5), ("int4", 0.002)])
 def test_kl_to_the_exact_cache_is_small(real, text, exact, spec, most):
     cache = kvplug.build(spec, real[0].config)
     assert 0 < kl(exact, log_probs(real[0], text[:WINDOW], cache)) <= most
@@ -47,21 +48,29 @@ def test_a_broken_codec_shows(real, text, exact):
 
 @torch.no_grad()
 def test_sinks_stay_sane_beyond_the_trained_length(real, text):
-    """Left at position 0, sinks ruin the model: perplexity 9,873 at position 20,000."""
+    """Left at position 0, sinks ruin the model: perplexity 9,873 at position 20,000.
+
+    The way there does not go through the model: layers are given what they hold again and again,
+    which the text that follows has driven out before it is read.
+    """
     model, _ = real
-    cache = kvplug.build("sinks(sinks=4, window=508)", model.config)
-    chunks = model.config.max_position_embeddings // 512 + 4
-    losses, sizes = {}, []
-    for i in range(chunks):
-        begin, read = 512 * i, i in (1, 2, 3, 4) or i >= chunks - 4
-        given = text[None, begin : begin + 512]
+    cache, step = kvplug.build("sinks(sinks=4, window=252)", model.config), 256
+    losses, sizes = [], []
+    for i in range(7):
+        if i == 3:
+            for layer in cache.layers:
+                keys, values = layer.keys[:, :, 4:].clone(), layer.values[:, :, 4:].clone()
+                while layer.get_seq_length() <= model.config.max_position_embeddings:
+                    layer.update(keys, values)
+        begin, read = step * i, i in (1, 2, 5, 6)
+        given = text[None, begin : begin + step]
         logits = model(given, logits_to_keep=0 if read else 1, **cache_argument(cache)).logits[0]
         if read:
-            losses[i] = torch.nn.functional.cross_entropy(logits, text[begin + 1 : begin + 513])
+            losses.append(cross_entropy(logits, text[begin + 1 : begin + step + 1]))
         sizes.append(cache.nbytes())
-        assert cache.held() <= 511
-    assert cache.get_seq_length() > model.config.max_position_embeddings
-    early, late = torch.stack(list(losses.values())).split(4)
+        assert cache.held() <= 255
+    assert cache.get_seq_length() > model.config.max_position_embeddings + 4 * step
+    early, late = torch.stack(losses).split(2)
     assert late.mean() < early.mean() + 0.5  # other text, same order
     assert max(sizes[2:]) <= sizes[1] * 1.01
 
