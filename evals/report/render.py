@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 def render(folder: Path, console: Console) -> bool:
-    """Write table.md, report.html and, where there is one, picture.png into the run's folder, show
+    """Write table.md, report.html and, where there is one, a picture into the run's folder, show
     the tables; say whether no row failed.
     """
     config, env, rows = read(folder)
@@ -30,8 +30,10 @@ def render(folder: Path, console: Console) -> bool:
     tables = suite.tables(config, rows) if rows else []
     under, failures = caption(config, env), errors(rows)
     (folder / "table.md").write_text(markdown(tables, failures, under), encoding="utf-8")
-    if png := picture.draw(rows, under[0]) or front.draw(rows, under[0]):
+    if png := picture.draw(rows, under[0]):
         (folder / "picture.png").write_bytes(png)
+    if svg := front.draw(rows, under[0]):
+        (folder / "front.svg").write_text(svg, encoding="utf-8")
     export.html(load([folder]), folder / "report.html")
 
     console.print(folder.name, style="bold", highlight=False)

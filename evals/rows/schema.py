@@ -23,6 +23,10 @@ class Metric(NamedTuple):
 
 METRICS = {
     "prefill": Metric("s", "lower", "the whole prompt in one forward, after a short warm-up"),
+    "encode": Metric(
+        "ms", "lower", "added to a prompt, beyond the exact cache: what is encoded, encoded"
+    ),
+    "encode_share": Metric("%", "lower", "the same in percent of the exact cache's prefill"),
     "first_token": Metric("s", "lower", "`generate` of one token, the whole prompt included"),
     "reused": Metric("tokens", "higher", "of a prompt, a row, that came from the store"),
     "stored_per_token": Metric("B/token", "lower", "records in the store, over their tokens"),

@@ -68,6 +68,8 @@ COLUMNS: dict[str, tuple[str, Show]] = {
     "rss_prefill": ("process, prefill, MB", mb),
     "rss_decode": ("process, decode, MB", mb),
     "prefill": ("prefill, s", number(2)),
+    "encode": ("added, ms (p20-p80)", spread),
+    "encode_share": ("of prefill, %", number(1)),
     "decode": ("decode, ms/token (p20-p80)", spread),
     "perplexity": ("perplexity", number(4)),
     "perplexity_delta": ("Δ perplexity, %", number(2, "+")),

@@ -38,6 +38,7 @@ def installed(tmp_path, monkeypatch):
 
 def test_every_file_is_a_row():
     assert {
+        "tiny:turboquant",
         "transformers:dynamic",
         "transformers:fp8",
         "transformers:hqq",

@@ -27,7 +27,8 @@ if TYPE_CHECKING:
 
 def by_position(run: Run, names: list[str]) -> Chart | None:
     """Return KL per range of positions, where a run has it."""
-    rows = [r for r in run.rows if r["metric"] == "kl" and r["value"] is not None and r["case"]]
+    found = [r for r in run.rows if r["metric"] == "kl" and r["value"] is not None]
+    rows = [r for r in found if isinstance(r["case"], str)]  # a range; else another kind of case
     if not rows:
         return None
     cases = list(dict.fromkeys(row["case"] for row in rows))

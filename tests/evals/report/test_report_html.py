@@ -132,6 +132,15 @@ def test_a_suite_made_of_others_is_a_run_per_part(tmp_path):
     assert {link[1:] for link in Page(html.page(runs)).links} <= set(Page(html.page(runs)).ids)
 
 
+def test_a_kl_of_something_else_than_a_range_of_positions_is_no_part_of_its_chart(tmp_path):
+    of_a_layer = {"layer": 3, "side": 0, "bits": 3}
+    place = {"batch": 1, "context": 512, "case": of_a_layer}
+    rows = made.named("int4", made.measured("kl", 0.01), **place)
+    page = Page(html.page(load([made.folder(tmp_path, "sensitivity", rows)])))
+    assert "layer 3, side 0, bits 3" in page.text
+    assert "drift" not in page.ids
+
+
 def test_the_command_writes_one_page_and_one_table_of_all_folders(folders, tmp_path, capsys):
     files = {kind: tmp_path / "all" / f"report.{kind}" for kind in ("html", "csv", "latex")}
     files["parquet"] = tmp_path / "all" / "report.parquet"

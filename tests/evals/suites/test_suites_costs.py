@@ -2,6 +2,7 @@
 
 import itertools
 from dataclasses import replace
+from unittest import mock
 
 import pytest
 import tiny_run
@@ -9,8 +10,11 @@ from transformers import cache_utils
 
 from evals import suites
 from evals.measure import energy
+from evals.measure.bits import exact_states
+from evals.measure.clock import step
 from evals.rows.schema import Row, measured
-from evals.setup.contenders import EXACT
+from evals.setup.contenders import EXACT, resolve
+from evals.suites import encode
 
 pytestmark = pytest.mark.usefixtures("offline")
 
@@ -181,3 +185,46 @@ def test_prefix_end_to_end(config, tmp_path, console):
     assert stored[0] < stored[1] / 3
     assert figure[EXACT, "copied", "first_token", 340]["n"] == config.repeats
     assert "int4, file" in table
+
+
+def test_encode_end_to_end(config, tmp_path, console, add_rival):
+    """Blocks are encoded, for queries where the codec does so, and what is not is no cost."""
+    add_rival("failing:card", "def build(config, length):\n    raise RuntimeError('no card')\n")
+    body = (
+        "class Slow(DynamicCache):\n"
+        "    def update(self, keys, *args):\n"
+        "        import time\n"
+        "        time.sleep(0.05)\n"
+        "        return super().update(keys, *args)\n"
+        "def build(config, length):\n    return Slow(config=config)\n"
+    )
+    add_rival("slow:cache", body)
+    rows = ("growing", "int4", "slow:cache", "failing:card")
+    config = replace(config, suite="encode", strategies=rows, context=(300,), repeats=3)
+    rows, table = start(config, tmp_path, console, ok=False)
+    figure = {(r["strategy"], r["metric"]): r for r in rows}
+    assert figure[EXACT, "prefill"]["n"] == encode.PREFILLS
+    for name in ("growing", "int4", "slow:cache", "control:same"):
+        assert figure[name, "encode"]["n"] == 3
+        share = figure[name, "encode"]["value"] / figure[EXACT, "prefill"]["value"] / 10
+        assert figure[name, "encode_share"]["value"] == pytest.approx(share)
+    assert 100 < figure["slow:cache", "encode"]["value"] < 200, "two layers"
+    assert figure["failing:card", None]["error"] == "RuntimeError: no card"
+    assert "| `slow:cache` | - | 1" in table
+
+
+def test_encode_encodes_what_a_prefill_does(session):
+    session.config = replace(session.config, strategies=("int4",))
+    (exact, int4) = resolve(["int4"])
+    states = exact_states(session.model, exact, session.ids[:300])
+    built = []
+    build = type(int4).build
+    with mock.patch.object(type(int4), "build", lambda *a: built.append(build(*a)) or built[-1]):
+        assert len(encode.taking_in(session, int4, states)()) == 1
+    prompt = int4.build(session.model.config, 300)
+    step(session.model, prompt, session.ids[None, :300])
+    told = [cache.stats() for cache in (*built, prompt)]
+    assert len(told) == 3
+    assert {one["blocks_encoded"] for one in told} == {told[-1]["blocks_for_queries"]}
+    assert {one["blocks_for_queries"] for one in told} == {told[-1]["blocks_for_queries"]}
+    assert told[-1]["blocks_for_queries"] > 0
