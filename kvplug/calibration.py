@@ -8,18 +8,19 @@ and what text it was measured on.
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
+from . import atomic
 from .errors import SpecError
 from .facts import difference, facts
 
 if TYPE_CHECKING:
+    import os
+
     from torch import Tensor
     from transformers import PreTrainedConfig
 
@@ -42,20 +43,11 @@ def write(
         config: of the model that was measured.
         about: how, in JSON's types.
     """
-    path = Path(path)
     of = {"format": FORMAT, "model": facts(config), "name": config.name_or_path}
     data = save(
         {name: x.contiguous().cpu() for name, x in tensors.items()}, {ENTRY: json.dumps(of | about)}
     )
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-        Path(temporary).chmod(0o644)
-        Path(temporary).replace(path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    atomic.write(Path(path), data)
 
 
 def read(path: str | os.PathLike, config: PreTrainedConfig, section: str) -> dict[str, Tensor]:

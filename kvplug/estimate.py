@@ -6,13 +6,13 @@ import contextlib
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.nn.functional import scaled_dot_product_attention
 
 from .cache import nbytes
 from .compat import THEIR_NAMES, CacheLayerMixin, StaticLayer, modeling
 from .errors import KvplugError, SpecError, unknown
 from .factory import build
 from .layers.base import AttentionLayer
+from .layers.fill import attend_and_settle
 from .layers.scored import ScoredLayer
 from .spec import PREFIX, PRESETS
 
@@ -111,12 +111,7 @@ def _fill(
         if isinstance(layer, StaticLayer):  # all room is reserved ahead
             layer.lazy_initialization(key, value)
             return
-        views = layer.update(key, value)
-        if isinstance(layer, ScoredLayer) and layer.retention.queries:
-            query = torch.empty(batch, heads, S, Dk, dtype=dtype, device="meta")
-            scaled_dot_product_attention(query, *views, is_causal=S > 1, enable_gqa=True)
-        if isinstance(layer, AttentionLayer):
-            layer.settle()
+        attend_and_settle(layer, key, layer.update(key, value), heads)
 
 
 def dtype_of(config: PreTrainedConfig, dtype: torch.dtype | str | None) -> torch.dtype:

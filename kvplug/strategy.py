@@ -132,6 +132,8 @@ class Strategy:
 
     def _concrete(self, config: PreTrainedConfig) -> Strategy:
         """The same with a concrete codec in each layer."""
+        if all(codec.is_concrete for codec in self.codecs):
+            return self
         layers = compat.cache_layers(config)
         own = self.named(layers)
         asked = [own.get(i, self.codec) for i in range(layers)]
@@ -139,8 +141,6 @@ class Strategy:
         for codec in dict.fromkeys(asked):
             of = [i for i, x in enumerate(asked) if x == codec]
             found |= zip(of, codec.resolve(config, of), strict=True)
-        if all(found[i] == codec for i, codec in enumerate(asked)):
-            return self
         plain = [x for i, x in found.items() if i not in own] or [*found.values()]
         most = max(plain, key=plain.count)
         others = {x: tuple(i for i in range(layers) if found[i] == x) for x in found.values()}

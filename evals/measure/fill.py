@@ -11,14 +11,12 @@ from collections import Counter
 from typing import TYPE_CHECKING
 
 import torch
-from torch.nn.functional import scaled_dot_product_attention
 from transformers import DynamicCache
 
-import kvplug
 from evals.measure import clock
 from evals.measure.memory import held_bytes
 from kvplug.compat import DynamicLayer, DynamicSlidingWindowLayer
-from kvplug.layers.base import AttentionLayer
+from kvplug.layers.fill import attend_and_settle
 
 if TYPE_CHECKING:
     from transformers import Cache, PreTrainedModel
@@ -62,16 +60,10 @@ class Filler:
             self._put(cache, index, *(x.clone() for x in made[kind]))
 
     def _put(self, cache: Cache, index: int, keys: torch.Tensor, values: torch.Tensor) -> None:
-        """Put keys and values [B, H, T, D] into a layer; one that chooses by what queries attend to
-        sees random ones.
-        """
-        views = cache.update(keys, values, index)
-        if isinstance(cache, kvplug.Cache) and cache.strategy.retention.queries:
-            heads = self.model.config.get_text_config(decoder=True).num_attention_heads
-            queries = self._random(keys[:, :1].expand(-1, heads, -1, -1), *keys.shape[::2])
-            scaled_dot_product_attention(queries, *views, is_causal=True, enable_gqa=True)
-        if isinstance(cache.layers[index], AttentionLayer):  # nobody else calls attention
-            cache.layers[index].settle()
+        """Put keys and values [B, H, T, D] into a layer."""
+        heads = self.model.config.get_text_config(decoder=True).num_attention_heads
+        visible = cache.update(keys, values, index)
+        attend_and_settle(cache.layers[index], keys, visible, heads)
 
     def stored_bytes(self, contender: Contender, context: int) -> int:
         """Return the bytes that `context` tokens of one row take."""

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import evaluate
 
 from evals.setup.config import ConfigError
+from kvplug import atomic
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -82,7 +83,7 @@ class Results(Shard):
     def _keep(self, rows: Iterable[Row]) -> None:
         """Have these rows and no others, all in the one file."""
         with writing(self.path):
-            _replace(self.path, "".join(map(_line, rows)))
+            atomic.write(self.path, "".join(map(_line, rows)).encode())
             for path in _shards(self.path):
                 path.unlink()
 
@@ -144,14 +145,4 @@ def _line(row: Row) -> str:
 
 def _write(path: Path, value: dict[str, Any]) -> None:
     """Write strict JSON that a person can read."""
-    _replace(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
-
-
-def _replace(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    scratch = path.with_name(path.name + ".new")
-    with scratch.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    scratch.replace(path)
+    atomic.write(path, (json.dumps(value, indent=1, allow_nan=False) + "\n").encode())

@@ -13,6 +13,11 @@ if TYPE_CHECKING:
     from .stored import Stored
 
 
+def causal(S: int, T: int, device: torch.device) -> Tensor:
+    """What `is_causal` means in torch: query i sees columns 0 to i, bool [S, T]."""
+    return torch.ones(S, T, dtype=torch.bool, device=device).tril()
+
+
 def fit(mask: Tensor | None, is_causal: bool, stored: Stored, heads: int) -> Tensor | None:
     """A mask for the T columns of `stored`, where that needs another than transformers'.
 

@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from ..errors import NoGradient, ViewError
 from .gradients import recorded
-from .mask import fit
+from .mask import causal, fit
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -103,7 +103,7 @@ class Watch:
         if self.log_sum_exp and lse is None:
             last = rows if packed else n
             if is_causal:
-                mask = torch.ones(rows, stored.length, dtype=torch.bool, device=query.device).tril()
+                mask = causal(rows, stored.length, query.device)
             if mask is not None and mask.shape[-2] == rows:
                 mask = mask[..., -last:, :]
             lse = kernel.attend(query[:, :, -last:], stored, mask, scale, False)[1]

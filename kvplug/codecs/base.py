@@ -74,6 +74,11 @@ class Codec(Stage):
         """The codec's own bound on |decoded - original|, broadcastable to [B, H, N, block, D]."""
         raise NotImplementedError
 
+    @property
+    def is_concrete(self) -> bool:
+        """Whether every layer of every model gets the codec as it is."""
+        return type(self).resolve is Codec.resolve
+
     def resolve(self, config: PreTrainedConfig, layers: Sequence[int]) -> list[Codec]:
         """What serves each of these layers of a model of this config, all of them concrete.
 

@@ -75,9 +75,13 @@ class Rotated(Codec):
     def format(self) -> str:
         return "rotated" if {self.k_bits, self.v_bits} <= set(WIDTHS) else "rotated_planes"
 
+    @property
+    def is_concrete(self) -> bool:
+        return self.calibration is None
+
     def resolve(self, config: PreTrainedConfig, layers: Sequence[int]) -> list[Codec]:
         """Itself, or with a calibration `int` of each layer's own widths."""
-        if self.calibration is None or not layers:
+        if self.is_concrete or not layers:
             return [self] * len(layers)
         told = calibration.read(self.calibration, config, widths.SECTION)
         rows, wanted = list(layers), (self.k_bits, self.v_bits)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
+from ..attention.mask import causal
 from .base import Kernel
 
 if TYPE_CHECKING:
@@ -41,7 +42,7 @@ class Reference(Kernel):
         wide = torch.promote_types(query.dtype, torch.float32)
         q = (query.to(wide) * (D**-0.5 if scale is None else scale)).reshape(B, H, G * S, D)
         if is_causal:
-            mask = torch.ones(S, T, dtype=torch.bool, device=query.device).tril()
+            mask = causal(S, T, query.device)
         if mask is not None:
             mask = mask.expand(*mask.shape[:-1], T)
         highest = q.new_full((B, H, G * S, 1), -torch.inf)  # running maximum of the scores

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-import tempfile
 import time
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import unquote, urlsplit
 
+from ..atomic import scratch
 from ..errors import StoreError
 from .backend import Backend, Entry
 from .index import Index
@@ -96,18 +96,12 @@ class Files(Backend):
     def _write(self, key: bytes, record: bytes) -> None:
         path = self._path(key)
         path.parent.mkdir(exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=self._temporary)
         try:
-            with open(handle, "wb") as file:
-                file.write(record)
-            if self._index.settle(key, len(record), lambda: os.replace(temporary, path)):
-                return
+            with scratch(self._temporary, record) as new:
+                self._index.settle(key, len(record), lambda: new.replace(path))
         except BaseException:
-            with suppress(OSError):
-                os.unlink(temporary)
             self._index.forget([key], self._drop)
             raise
-        os.unlink(temporary)
 
     def _drop(self, keys: list[bytes]) -> None:
         for key in keys:
