@@ -1,4 +1,3 @@
-"""How tests call `generate`: the same tokens each time, a dozen or two."""
+"""How tests call `generate`: the same tokens each time, a dozen."""
 
 GREEDY = {"do_sample": False, "max_new_tokens": 12}
-LONGER = GREEDY | {"max_new_tokens": 24}

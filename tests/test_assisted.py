@@ -63,7 +63,7 @@ def test_static_codes_wait_for_the_verification(model, spec):
                 ids,
                 cache_implementation=f"{name}+reference",
                 return_dict_in_generate=True,
-                **(GREEDY | {"max_new_tokens": 40}),
+                **(GREEDY | {"max_new_tokens": 20}),
                 **guesses,
             )
             for name in (growing, spec)

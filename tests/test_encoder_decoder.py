@@ -3,11 +3,12 @@
 import pytest
 import torch
 import transformers
-from greedy import LONGER as GREEDY
-from transformers import DynamicCache, GenerationConfig
+from greedy import GREEDY
+from transformers import DynamicCache
 
 import kvplug
 from kvplug.compat import cache_argument, output_cache
+from kvplug.testing.pairs import pairwise
 from kvplug.testing.tools import left_padded, normal, prompt
 
 pytestmark = pytest.mark.canary
@@ -59,19 +60,42 @@ def generate(model, inputs, spec=None, **kwargs):
     )
 
 
-@pytest.mark.parametrize("kind", ["t5", "bart", "whisper"])
-def test_a_decoder_with_an_encoder(kind):
+WAYS = {
+    "greedy": {},
+    "beams": {"num_beams": 3},
+    "prompt lookup": {"prompt_lookup_num_tokens": 3},
+    "assistant": {"assistant_model": True},
+}
+LOSSLESS = ["growing", "static", "exact(block=8)+host"]
+PAIRS = pairwise(
+    {"kind": ["t5", "bart", "whisper"], "way": [*WAYS], "spec": LOSSLESS},
+    lambda row: (row.get("kind"), row.get("way")) != ("whisper", "assistant"),
+)
+
+
+@pytest.mark.parametrize("row", PAIRS, ids=lambda row: ", ".join(row.values()))
+def test_a_decoder_with_an_encoder(row):
     """Its self-attention is ours, in every way to generate; cross-attention is transformers'."""
+    kind, way, spec = row.values()
     model, inputs = encoder_decoder(kind)
-    first = {name: x[:1] for name, x in inputs.items()}
-    ways = [(inputs, {}), (inputs, {"num_beams": 3}), (first, {"prompt_lookup_num_tokens": 3})]
-    ways += [(first, {"assistant_model": encoder_decoder(kind)[0]})] if kind != "whisper" else []
-    for given, kwargs in ways:
-        plain = generate(model, given, **kwargs).sequences
-        for spec in ("growing", "static", "exact(block=8)+host"):
-            ours = generate(model, given, spec, **kwargs)
-            assert torch.equal(ours.sequences, plain), (spec, kwargs)
-            assert isinstance(output_cache(ours).self_attention_cache, kvplug.Cache)
+    kwargs = dict(WAYS[way])
+    if way in ("prompt lookup", "assistant"):  # of one row alone
+        inputs = {name: x[:1] for name, x in inputs.items()}
+    if way == "assistant":
+        kwargs = {"assistant_model": encoder_decoder(kind)[0]}
+    ours = generate(model, inputs, spec, **kwargs)
+    assert torch.equal(ours.sequences, generate(model, inputs, **kwargs).sequences)
+    check_pair(output_cache(ours), inputs, GREEDY["max_new_tokens"])
+
+
+def check_pair(pair, inputs, decoded):
+    """Self-attention is ours and has seen what was decoded; cross-attention was filled once."""
+    ours, crossed = pair.self_attention_cache, pair.cross_attention_cache
+    assert isinstance(ours, kvplug.Cache)
+    assert type(crossed) is DynamicCache
+    assert int(ours.get_seq_length()) == decoded
+    # Whisper halves its frames
+    assert crossed.get_seq_length() == (19 if "input_ids" in inputs else 20)
 
 
 def test_a_pair_of_caches_handed_in_rolls_back():
@@ -111,42 +135,12 @@ def test_relative_positions_that_count_from_the_first_key_have_no_window(spec):
         generate(model, inputs, spec)
 
 
-@pytest.mark.parametrize(
-    "spec", ["growing", "int8(block=8)", "exact(block=8)+host", "static+int8(block=8)"]
-)
+@pytest.mark.parametrize("spec", ["int8(block=8)", "static+int8(block=8)"])
 @pytest.mark.parametrize("kind", ["t5", "bart"])
-def test_encoder_decoder(kind, spec):
-    """Self-attention is ours; cross-attention stays transformers' and is filled once."""
-    from transformers import AutoModelForSeq2SeqLM, BartConfig, T5Config
-
-    config = {
-        "t5": T5Config(
-            vocab_size=97, d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4,
-            decoder_start_token_id=1, eos_token_id=None, pad_token_id=0,
-        ),
-        "bart": BartConfig(
-            vocab_size=97, d_model=32, encoder_layers=2, decoder_layers=2,
-            encoder_attention_heads=4, decoder_attention_heads=4, encoder_ffn_dim=64,
-            decoder_ffn_dim=64, max_position_embeddings=128, init_std=0.3,
-            decoder_start_token_id=1, eos_token_id=None, pad_token_id=0, forced_eos_token_id=None,
-        ),
-    }[kind]  # fmt: skip
-    torch.manual_seed(0)
-    model = AutoModelForSeq2SeqLM.from_config(config).eval()
-    model.generation_config = GenerationConfig(
-        decoder_start_token_id=1, pad_token_id=0, bos_token_id=1
-    )
-    ids = prompt(15, 2)
-    for extra in ({}, {"num_beams": 3}):
-        kwargs = {"do_sample": False, "max_new_tokens": 20, "return_dict_in_generate": True} | extra
-        plain = model.generate(ids, **kwargs)
-        ours = model.generate(ids, cache_implementation=f"kvplug:{spec}", **kwargs)
-        cache = output_cache(ours)
-        assert isinstance(cache.self_attention_cache, kvplug.Cache)
-        assert type(cache.cross_attention_cache) is DynamicCache
-        assert cache.cross_attention_cache.get_seq_length() == 15
-        assert int(cache.self_attention_cache.get_seq_length()) == 20
-        if kvplug.parse(spec).codec.lossless:
-            assert torch.equal(ours.sequences, plain.sequences)
-        else:
-            assert ours.sequences.shape == plain.sequences.shape
+def test_what_is_encoded_with_loss_serves_a_decoder_too(kind, spec):
+    model, inputs = encoder_decoder(kind)
+    for kwargs in ({}, {"num_beams": 3}):
+        ours = generate(model, inputs, spec, max_new_tokens=20, **kwargs)
+        assert ours.sequences.shape == (2, 1 + 20)
+        check_pair(output_cache(ours), inputs, 20)
+        assert output_cache(ours).self_attention_cache.stats()["blocks_encoded"]

@@ -2,6 +2,7 @@
 
 import json
 import re
+from functools import cache
 
 import pytest
 import torch
@@ -51,11 +52,16 @@ CONFIGS = {
 }  # fmt: skip
 
 
+@cache
+def model_of(name):
+    return random_model(CONFIGS[name]())
+
+
 @pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.parametrize("spec", SPECS)
 def test_within_a_percent_of_a_real_cache(name, spec):
-    config = CONFIGS[name]()
-    model = random_model(config)
+    model = model_of(name)
+    config = model.config
     for context, batch in ((90, 1), (61, 3)):
         cache = kvplug.build(spec, config, max_cache_len=context)
         with torch.no_grad():

@@ -7,6 +7,7 @@ from transformers import DynamicCache
 import kvplug
 from kvplug.compat import cache_argument
 from kvplug.testing import tiny_llama
+from kvplug.testing.pairs import pairwise
 from kvplug.testing.tools import normal, prompt
 
 PASS = ["growing", "static", "window(length=40)", "sinks(sinks=2, window=38)"]
@@ -18,6 +19,7 @@ REFUSE = [
     "sinks(sinks=2, window=10)+int8(block=8)+disk",
 ]
 PARTS = [20, 1, 1, 6]
+PAIRS = pairwise({"spec": PASS, "trainable": ["", "k_proj", "v_proj"], "training": [True, False]})
 
 
 def gradients(model, cache, parts=PARTS, trainable=""):
@@ -33,10 +35,9 @@ def gradients(model, cache, parts=PARTS, trainable=""):
     return {name: x.grad.clone() for name, x in model.named_parameters() if x.grad is not None}
 
 
-@pytest.mark.parametrize("trainable", ["", "k_proj", "v_proj"])
-@pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("spec", PASS)
-def test_exact_caches_on_the_device_pass_gradients(spec, training, trainable):
+@pytest.mark.parametrize("row", PAIRS, ids=lambda row: "-".join(map(str, row.values())))
+def test_exact_caches_on_the_device_pass_gradients(row):
+    spec, trainable, training = row.values()
     model = tiny_llama().train(training)
     cache = kvplug.build(spec, model.config, max_cache_len=64)
     ours = gradients(model, cache, trainable=trainable)

@@ -33,7 +33,7 @@ MODELS = ["llama", "gemma3, sliding", "falcon_h1, mamba in each layer", "qwen3_n
 def talk(model, first=None, **given):
     """Three turns with one cache, each longer than the room of the one before; ids and cache."""
     ids, cache = prompt(9), first
-    for turn, new in enumerate((6, 8, 30)):
+    for turn, new in enumerate((6, 8, 16)):
         ids = torch.cat((ids, prompt(5, seed=turn)), 1)
         named = given if cache is None else cache_argument(cache)
         out = model.generate(
@@ -261,13 +261,12 @@ def test_a_growing_cache_has_nothing_to_grow():
 
 
 @pytest.mark.parametrize("spec", ["static", "static+int8(block=8)+reference"])
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-def test_a_compiled_step_is_compiled_once_more(spec, backend):
-    model = tiny_llama()
+def test_a_compiled_step_is_compiled_once_more(spec):
+    model = tiny_llama(num_hidden_layers=1)
     cache, eager = (kvplug.build(spec, model.config, max_cache_len=20) for _ in range(2))
     cache_is_exact = cache.strategy.codec.lossless
     torch._dynamo.reset()
-    count = torch._dynamo.testing.CompileCounterWithBackend(backend)
+    count = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
 
     @torch.compile(backend=count, fullgraph=True)
     def decode(token, cache):
@@ -277,7 +276,7 @@ def test_a_compiled_step_is_compiled_once_more(spec, backend):
         for c in (cache, eager):
             model(prompt(13), **cache_argument(c))
         seed = 0
-        for compiled, room in enumerate((20, 41, 90), 1):
+        for compiled, room in enumerate((20, 41, 60), 1):
             for c in (cache, eager):
                 c.grow(room)
             while int(cache.get_seq_length()) < room:

@@ -56,11 +56,10 @@ STRATEGIES = [
 ]
 
 
-@pytest.mark.parametrize("outside_first", [False, True])
 @pytest.mark.parametrize("spec", STRATEGIES)
-def test_a_cache_passes_between_inference_mode_and_the_rest(spec, outside_first):
+def test_a_cache_passes_between_inference_mode_and_the_rest(spec):
     """Filled in one, used in the other and back, with everything that changes it, as in neither."""
-    model, steps = tiny_llama(), prompt(80, 2).split([30, 1, 1, 9, *[1] * 24, 15], dim=1)
+    model, steps = tiny_llama(), prompt(70, 2).split([30, 1, 1, 9, *[1] * 14, 15], dim=1)
 
     def run(modes):
         out = []
@@ -85,8 +84,8 @@ def test_a_cache_passes_between_inference_mode_and_the_rest(spec, outside_first)
 
     modes = (torch.no_grad, torch.inference_mode)
     expected = run((torch.no_grad, torch.no_grad))
-    for a, b in zip(run(modes[::-1] if outside_first else modes), expected, strict=True):
-        assert torch.equal(a, b)
+    for first in (modes, modes[::-1]):
+        assert all(torch.equal(a, b) for a, b in zip(run(first), expected, strict=True))
 
 
 def test_a_copy_does_not_take_along_what_is_under_way():

@@ -10,6 +10,7 @@ from transformers import LogitsProcessor, LogitsProcessorList
 import kvplug
 from kvplug.compat import cache_argument, output_cache
 from kvplug.testing.architectures import make
+from kvplug.testing.pairs import pairwise
 from kvplug.testing.tools import left_padded, prompt, same, tiny_llama
 
 CODECS = ["exact(block=8)", "int8(block=8)", "int4(block=8, tail=8)", "int(block=8, tail=3)"]
@@ -21,6 +22,9 @@ BATCHES = {
     "beams of a padded batch": ([45, 52], {"num_beams": 2}),
     "sequences returned": ([45], {"num_beams": 4, "num_return_sequences": 2}),
 }
+PAIRS = pairwise(
+    {"batch": [*BATCHES], "codec": CODECS, "place": PLACES, "kind": ["memory", "file"]}
+)
 
 
 class Seen(LogitsProcessor):
@@ -60,14 +64,10 @@ def a_url(kind, folder):
     return kvplug.Store("memory://") if kind == "memory" else folder.as_uri()
 
 
-@pytest.mark.parametrize("kind", ["memory", "file"])
-@pytest.mark.parametrize("place", PLACES)
-@pytest.mark.parametrize("codec", CODECS)
-@pytest.mark.parametrize("batch", BATCHES)
-def test_warm_is_cold(model, codec, place, kind, batch, tmp_path):
+@pytest.mark.parametrize("row", PAIRS, ids=lambda row: ", ".join(row.values()))
+def test_warm_is_cold(model, row, tmp_path):
     """A loaded prefix, a computed one, and one that was half there: the same bits."""
-    if kind == "memory" and (place == "disk" or batch.startswith("beams of")):
-        pytest.skip("pairs are covered by the others")
+    batch, codec, place, kind = row.values()
     lengths, kwargs = BATCHES[batch]
     inputs, spec = rows(*lengths), f"{codec}+{place}"
     store = kvplug.store.open(a_url(kind, tmp_path))

@@ -125,29 +125,32 @@ def test_shares_of_the_columns_merge(monkeypatch, kernel, codec, masked):
         assert_close(lse.exp(), outs[2][1].exp())
 
 
+CODECS = [
+    "int8",
+    "int4",
+    "int(k_bits=2, v_bits=2)",
+    "int(k_bits=8, v_bits=4)",
+    "int(k_bits=4, v_bits=2)",
+    "exact",
+]
+HEADS = [
+    (64, 64, torch.float16),
+    (80, 80, torch.bfloat16),
+    (128, 128, torch.bfloat16),
+    (128, 96, torch.float32),
+]
+
+
 @runs
 @pytest.mark.parametrize(
-    ("Dk", "Dv", "dtype"),
-    [
-        (64, 64, torch.float16),
-        (80, 80, torch.bfloat16),
-        (128, 128, torch.bfloat16),
-        (128, 96, torch.float32),
-    ],
-)
-@pytest.mark.parametrize(
-    "codec",
-    [
-        "int8",
-        "int4",
-        "int(k_bits=2, v_bits=2)",
-        "int(k_bits=8, v_bits=4)",
-        "int(k_bits=4, v_bits=2)",
-        "exact",
-    ],
+    ("codec", "Dk", "Dv", "dtype"),
+    [(codec, *heads) for i, codec in enumerate(CODECS) for heads in HEADS[i % 2 :: 2]],
 )
 def test_default_blocks(kernel, codec, Dk, Dv, dtype):
-    """Blocks of 64 tokens, groups of 32 channels, common head dims, a mask of the query's dtype."""
+    """Blocks of 64 tokens, groups of 32 channels, common head dims, a mask of the query's dtype.
+
+    Each codec with half of the head dims, in turn.
+    """
     stored = random_stored(coded(codec), N=2, R=3, Dk=Dk, Dv=Dv, skip=7, dtype=dtype, seed=Dk)
     mask = torch.rand(1, 1, 1, stored.length, generator=seeded(Dk)) < 0.7
     mask = torch.where(mask, 0.5, torch.finfo(dtype).min).to(dtype)

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from ..codecs.base import Codec, Encoded
+from .pairs import pairwise
 from .tools import DRAWN, DTYPES, normal, raw_bytes, same
 
 
@@ -115,6 +116,13 @@ def _assert_within_bound(codec: Codec, keys: Tensor, values: Tensor, data: Encod
         )
 
 
+HEADS = [(16, 16), (33, 33), (64, 48), (80, 80), (96, 128), (112, 112), (192, 128)]
+SIZES = [
+    (row["dtype"], row["N"], *row["heads"])
+    for row in pairwise({"heads": HEADS, "dtype": DTYPES, "N": [0, 1, 3]})
+]
+
+
 class CodecConformance:
     """The contract of `kvplug.Codec`. Override the fixture `codec`; small blocks test faster.
 
@@ -135,11 +143,7 @@ class CodecConformance:
         assert parse(str(codec)).codec == codec
         assert hash(copy.deepcopy(codec)) == hash(codec)
 
-    @pytest.mark.parametrize("dtype", DTYPES)
-    @pytest.mark.parametrize("N", [0, 1, 3])
-    @pytest.mark.parametrize(
-        ("Dk", "Dv"), [(16, 16), (33, 33), (64, 48), (80, 80), (96, 128), (112, 112), (192, 128)]
-    )
+    @pytest.mark.parametrize(("dtype", "N", "Dk", "Dv"), SIZES)
     def test_error_within_own_bound(
         self, codec: Codec, dtype: torch.dtype, N: int, Dk: int, Dv: int
     ) -> None:

@@ -26,19 +26,24 @@ SMALL = {
     "lagkv": "lagkv(budget=12, every=5, lag=4, sinks=2)",
     "pyramid": "pyramid(budget=12, every=5, window=4)",
 }
-BITS = {"int": ", k_bits=6, v_bits=3"}  # its defaults are those of a preset
+BITS = {"int": ", k_bits=6, v_bits=3"}  # its defaults are those of a preset; these make planes
 LONG = (  # 64 tokens lose none
     "full",
     "window(length=64)",
     "sinks(sinks=4, window=60)",
     "snapkv(budget=64, every=5, window=4)",
 )
-# methods that choose by content differ in what they score alone: one of them stands for all
-PAIRED = BUILTIN | {"retention": ("full", "window", "sinks", "snapkv")}
+# methods that choose by content differ in what they score alone, presets of `int` in their widths
+# alone: one of them stands for all, of presets one that rounds keys for queries and one that does
+# not
+PAIRED = BUILTIN | {
+    "retention": ("full", "window", "sinks", "snapkv"),
+    "codec": [x for x in BUILTIN["codec"] if x not in ("k8v4", "int3", "int2")],
+}
 STAGES: dict[str, Sequence[Any]] = {
     "retention": [SMALL[name] for name in PAIRED["retention"]],
     "layout": BUILTIN["layout"],
-    "codec": BUILTIN["codec"],
+    "codec": PAIRED["codec"],
     "tail": (0, 8),
     "placement": BUILTIN["placement"],
 }

@@ -15,6 +15,7 @@ import tiny_run as small
 from rich.console import Console
 
 from evals import rivals, suites
+from evals.measure import machine
 from evals.measure.session import Session
 from evals.setup import model as packaged_model
 from evals.suites import retrieval
@@ -31,6 +32,12 @@ ROOT = Path(__file__).parents[2]
 def tiny() -> LlamaForCausalLM:
     """Return a random Llama whose weights are large enough that its predictions are sharp."""
     return small.model()
+
+
+@pytest.fixture(autouse=True)
+def _in_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have runs time the machine's memory with little of it."""
+    monkeypatch.setattr(machine, "READ", small.READ)
 
 
 @pytest.fixture

@@ -1,19 +1,23 @@
 """A run that is killed and started again has the rows of one that was not."""
 
 import json
+import shutil
 import subprocess
 import sys
-import time
 from dataclasses import replace
 
+import datasets
 import pytest
 import tiny_run
+from rich.console import Console
 from tiny_run import STRATEGIES, figures
 
 from evals.__main__ import main
+from evals.measure import machine
 from evals.report.runs import read
 from evals.rows.store import load_rows
 from evals.run import run
+from evals.setup import model as packaged_model
 from evals.setup.config import ConfigError
 
 pytestmark = pytest.mark.usefixtures("offline")
@@ -29,15 +33,30 @@ def build(config, max_cache_len):
 """
 
 
-@pytest.fixture
-def drift(config):
-    return replace(config, suite="drift", strategies=STRATEGIES, windows=1)
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, tiny):
+    """The config of a run that nothing has broken, and where it is."""
+    folder = tmp_path_factory.mktemp("whole")
+    (folder / "book.txt").write_text(tiny_run.text(), encoding="utf-8")
+    given = {"suite": "drift", "strategies": STRATEGIES, "windows": 1}
+    config = tiny_run.config(str(folder / "book.txt"), **given)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(packaged_model, "load", lambda name, dtype: tiny_run.loaded(tiny))
+        patch.setattr(machine, "READ", tiny_run.READ)
+        patch.setattr(datasets.config, "HF_DATASETS_CACHE", folder / "datasets")
+        assert run(config, folder / "unbroken", Console(quiet=True))
+    return config, folder / "unbroken"
 
 
 @pytest.fixture
-def unbroken(drift, tmp_path, console):
-    assert run(drift, tmp_path / "unbroken", console)
-    (folder,) = (tmp_path / "unbroken").iterdir()
+def drift(whole):
+    return whole[0]
+
+
+@pytest.fixture
+def unbroken(whole, tmp_path):
+    """A copy of that run for each test; its figures."""
+    (folder,) = shutil.copytree(whole[1], tmp_path / "unbroken").iterdir()
     return figures(folder)
 
 
@@ -105,12 +124,13 @@ def test_a_finished_run_is_only_rendered_and_again_discards_it(
         assert run(drift, out, console)
     assert "complete, nothing to measure" in console.file.getvalue()
     (folder,) = out.iterdir()
-    before = load_rows(folder / "rows.jsonl")
-    time.sleep(1.1)  # rows say the second they were written
+    rows = folder / "rows.jsonl"
+    rows.write_text(rows.read_text().replace('"time": "20', '"time": "19'))  # a century ago
+    before = load_rows(rows)
     assert run(drift, out, console, again=True)
-    after = load_rows(folder / "rows.jsonl")
+    after = load_rows(rows)
     assert len(after) == len(before)
-    assert after[0]["time"] > before[0]["time"]
+    assert all(row["time"] > "20" > old["time"] for row, old in zip(after, before, strict=True))
 
 
 def test_a_changed_config_does_not_see_the_rows(drift, tmp_path, console, unbroken):

@@ -21,6 +21,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 WORDS = ["the", "cache", "keeps", "every", "key", "and", "value", "attention", "asks", "for"]
+READ = {"cpu": 1 << 22}  # bytes, to time the machine's memory with
 STRATEGIES = ("transformers:dynamic", "growing", "transformers:static", "kvplug:static")
 
 
@@ -121,9 +122,11 @@ def figures(folder: Path) -> list[dict[str, Any]]:
 def one_run(book: str, out: Path, windows: int = 2) -> None:
     from rich.console import Console
 
+    import evals.measure.machine
     import evals.setup.model
     from evals.run import run
 
+    evals.measure.machine.READ = READ
     evals.setup.model.load = lambda name, dtype: loaded(model())
     asked = config(book, suite="drift", strategies=STRATEGIES, windows=windows)
     run(asked, out, Console(quiet=True))

@@ -1,10 +1,13 @@
 import hashlib
+import json
 import subprocess
+import tempfile
 import zipfile
 from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from evals.setup import model
 
@@ -96,16 +99,30 @@ def test_a_local_folder_loads_and_its_fingerprint_follows_its_weights(tiny, tmp_
 
 
 @pytest.mark.model
-def test_dequantized_weights_are_those_of_the_gguf_and_a_damaged_copy_is_made_again():
-    from transformers import AutoModelForCausalLM
-
+def test_dequantized_weights_are_those_of_the_gguf_and_a_damaged_copy_is_made_again(monkeypatch):
     folder, name = model.packaged()
-    ours, tokenizer, fingerprint = model.load()
-    theirs = AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, dtype=torch.float32)
-    for (key, x), (_, y) in zip(ours.named_parameters(), theirs.named_parameters(), strict=True):
-        assert torch.equal(x, y), key
+    read, of_gguf = AutoModelForCausalLM.from_pretrained, []
+
+    def watched(source, **kwargs):
+        found = read(source, **kwargs)
+        of_gguf.extend([found] * ("gguf_file" in kwargs))
+        return found
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", watched)
+    with tempfile.TemporaryDirectory() as own:  # not the copy that other tests read meanwhile
+        damaged = Path(own) / folder.name / "float32"
+        damaged.mkdir(parents=True)
+        (damaged.parent / name).symlink_to(folder / name)
+        written = {"config.json": hashlib.sha256(b"as it was").hexdigest()}
+        (damaged / "sha256.json").write_text(json.dumps(written))
+        (damaged / "config.json").write_text("{}")
+        monkeypatch.setenv("KVPLUG_CACHE", own)
+        for _ in range(2):
+            ours, tokenizer, fingerprint = model.load()
+        (theirs,) = of_gguf  # the second time it is there
+        for (key, x), (_, y) in zip(
+            ours.named_parameters(), theirs.named_parameters(), strict=True
+        ):
+            assert torch.equal(x, y), key
     assert fingerprint.endswith(model.GGUF_SHA256[:16])
     assert tokenizer("the key-value cache").input_ids
-
-    (folder / "float32" / "config.json").write_text("{}")
-    assert model.load()[0].config.num_hidden_layers == 30
