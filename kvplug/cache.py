@@ -71,9 +71,9 @@ class Cache(transformers.Cache):
 
         `blocks_for_queries`: those of them whose keys were rounded for queries of attention.
         `chosen`: why `auto` took it; None where the caller has named it. `retention`, of methods
-        that choose by content: the `budget` asked, the `evictions` of a layer, and what is `kept`
-        by layer and head (None of a layer that chooses nothing). `reused_tokens`: those of all rows
-        that came from a store.
+        that choose by content: the `budget`, the `evictions` of a layer, and the tokens `asked` and
+        `kept` by layer and head (None of a layer that chooses nothing). `reused_tokens`: those of
+        all rows that came from a store.
         """
         told = {"strategy": repr(self.strategy), "chosen": self.chosen} | self._stats.as_dict()
         told["reused_tokens"] = self.reused_tokens
@@ -82,6 +82,7 @@ class Cache(transformers.Cache):
             told["retention"] = {
                 "budget": self.strategy.retention.budget,
                 "evictions": max(x.evictions for x in ours if x is not None),
+                "asked": [None if x is None else x.asked() for x in ours],
                 "kept": [None if x is None else x.kept() for x in ours],
             }
         return told
@@ -280,6 +281,17 @@ class Cache(transformers.Cache):
                 f"this cache has {len(self.layers)} layers and {type(config).__name__} has "
                 f"{theirs}: build one with the config of this model"
             )
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        """As in transformers; of layers that choose by content, the sizes of the longest.
+
+        Each has as many tokens as it chose, and one mask serves them all: of that which is too long
+        `attention/mask.py` takes the last columns.
+        """
+        longest = [x for x in self._ours() if isinstance(x.strategy.retention, Scored)]
+        if layer_idx < len(self.layers) and self.layers[layer_idx] in longest:
+            return max(x.get_mask_sizes(query_length) for x in longest)
+        return super().get_mask_sizes(query_length, layer_idx)
 
     def deactivate_past_recording(self) -> None:
         """End `activate_past_recording`: what it held back is encoded, or dropped, as ever."""

@@ -8,7 +8,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from . import calibration
-from .errors import SpecError
+from .errors import KvplugError, SpecError
 
 if TYPE_CHECKING:
     import os
@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 WINDOWS = 2
 WINDOW = 2048  # tokens, fewer where the model has fewer positions
 # modules, imported when something is measured: `measure` of a model and windows [W, N] returns what
-# a stage learns of it, tensors by SECTION.NAME
-SECTIONS = ("kvplug.codecs.sensitivity",)
+# a stage learns of it, tensors by SECTION.NAME, or raises a KvplugError that says why it cannot
+SECTIONS = ("kvplug.codecs.sensitivity", "kvplug.retention.needs")
 EMBEDDED = "pydoc_data.topics"  # the language reference that Python carries
 
 
@@ -38,21 +38,29 @@ def calibrate(
         path: of the file, see `calibration.py`.
         text: enough for 4,096 tokens; None: the language reference of Python.
 
-    Returns what the file says of itself beside its format and model.
+    Returns what the file says of itself beside its format and model: its text, and why sections are
+    `unmeasured`, by name, that this model or windows so short do not allow.
 
-    Raises SpecError where the text is too short.
+    Raises SpecError where the text is too short, or no section could be measured.
     """
     name = EMBEDDED if text is None else "text"
     if text is None:
         topics = pydoc_data.topics.topics
         text = "\n".join(topics[key] for key in sorted(topics))
     windows = _windows(model, tokenizer, text)
-    tensors = {}
-    for section in SECTIONS:
-        tensors |= import_module(section).measure(model, windows.to(model.device))
+    tensors, unmeasured = {}, {}
+    for name_of_module in SECTIONS:
+        module = import_module(name_of_module)
+        try:
+            tensors |= module.measure(model, windows.to(model.device))
+        except KvplugError as e:
+            unmeasured[module.SECTION] = str(e)
+    if not tensors:
+        raise SpecError("; ".join(unmeasured.values()))
     about = {
         "text": f"{name} sha256:{hashlib.sha256(text.encode()).hexdigest()[:16]}",
         "tokens": windows.numel(),
+        "unmeasured": unmeasured,
     }
     calibration.write(path, tensors, model.config, about)
     return about

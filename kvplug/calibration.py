@@ -54,7 +54,7 @@ def read(path: str | os.PathLike, config: PreTrainedConfig, section: str) -> dic
     """The tensors of one section, by NAME, for a model of this config; weights are not compared.
 
     Raises SpecError where there is no such file, of this format and kind of model, or it lacks the
-    section.
+    section, and why if that could not be measured.
     """
     said = f"calibration={str(path)!r}"
     try:
@@ -63,6 +63,7 @@ def read(path: str | os.PathLike, config: PreTrainedConfig, section: str) -> dic
             names = [name for name in file.keys() if name.startswith(f"{section}.")]  # noqa: SIM118
             found = {name.removeprefix(f"{section}."): file.get_tensor(name) for name in names}
         version, theirs = about["format"], about["model"]
+        why = dict(about.get("unmeasured", {})).get(section)
     except OSError as e:
         raise SpecError(f"{said}: {e}; {HINT}") from None
     except (SafetensorError, ValueError, KeyError, TypeError) as e:
@@ -78,5 +79,5 @@ def read(path: str | os.PathLike, config: PreTrainedConfig, section: str) -> dic
             f"{what} of {config.name_or_path or type(config).__name__!r} is {mine[what]!r}; {HINT}"
         )
     if not found:
-        raise SpecError(f"{said} has nothing on {section}: {HINT}")
+        raise SpecError(f"{said} has nothing on {section}: {why or HINT}")
     return found

@@ -173,10 +173,14 @@ def _calibrate(args: argparse.Namespace) -> int:
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype="auto").eval()
     about = calibrate(model, tokenizer, args.out, text)
+    uses = {"widths": f"int3(calibration={args.out!r})", "budgets": f"expected(heads={args.out!r})"}
+    missing = about["unmeasured"]
     print(
         f"{args.out}: {Path(args.out).stat().st_size:,} bytes, from {about['tokens']:,} tokens of "
-        f"{about['text']}; use it as int3(calibration={args.out!r})"
+        f"{about['text']}; use it as {', '.join(x for k, x in uses.items() if k not in missing)}"
     )
+    for section, why in missing.items():
+        print(f"nothing on {section}: {why}")
     return 0
 
 

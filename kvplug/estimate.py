@@ -13,6 +13,7 @@ from .errors import KvplugError, SpecError, unknown
 from .factory import build
 from .layers.base import AttentionLayer
 from .layers.fill import attend_and_settle
+from .layers.ragged import RaggedLayer
 from .layers.scored import ScoredLayer
 from .spec import PREFIX, PRESETS
 
@@ -71,27 +72,37 @@ def estimate(
     configs = _by_layer(text, len(cache.layers))
     of_kind: dict[tuple, int] = {}
     more = 0  # of layers that are like one that was filled
-    for layer, shape, own in zip(cache.layers, shapes, configs, strict=True):
-        if not isinstance(layer, CacheLayerMixin):  # a state, or nothing
-            continue
-        kind = _kind(layer), shape
-        if kind in of_kind:  # encoding takes a while, even of no data
-            more += of_kind[kind]
-            continue
-        before = nbytes(layer)
-        prompt, more_come, heads = context - decoded, decoded, 0
-        if isinstance(layer, ScoredLayer):  # nothing can be chosen among tokens of no data
-            prompt, more_come = layer.retention.last_choice(prompt, more_come)
-            heads = own.num_attention_heads
-        _fill(layer, shape, batch, [prompt, *[1] * more_come], dtype, heads)
-        of_kind[kind] = nbytes(layer) - before
+    for whole, whole_shape, own in zip(cache.layers, shapes, configs, strict=True):
+        for layer, shape in _parts(whole, whole_shape):
+            kind = _kind(layer), shape
+            if kind in of_kind:  # encoding takes a while, even of no data
+                more += of_kind[kind]
+                continue
+            before = nbytes(layer)
+            prompt, more_come, heads = context - decoded, decoded, 0
+            if isinstance(layer, ScoredLayer):  # nothing can be chosen among tokens of no data
+                prompt, more_come = layer.retention.last_choice(prompt, more_come)
+                heads = own.num_attention_heads * shape[0] // whole_shape[0]
+            _fill(layer, shape, batch, [prompt, *[1] * more_come], dtype, heads)
+            of_kind[kind] = nbytes(layer) - before
     return cache.nbytes() + more
+
+
+def _parts(layer: Any, shape: tuple[int, int, int]) -> list[tuple[Any, tuple[int, int, int]]]:
+    """What holds tokens on its own, and of which shape: a layer, or groups of its heads."""
+    if not isinstance(layer, CacheLayerMixin):  # a state, or nothing
+        return []
+    if not isinstance(layer, RaggedLayer):
+        return [(layer, shape)]
+    groups = layer.heads.groups
+    return [(x, (len(g), *shape[1:])) for x, g in zip(layer.parts, groups, strict=True)]
 
 
 def _kind(layer: Any) -> tuple:
     """What two layers have in common that hold as many bytes of tokens of one shape."""
     if isinstance(layer, AttentionLayer):
-        return type(layer), layer.slot.strategy, layer.slot.sliding_window, layer.slot.coded
+        slot = layer.slot
+        return type(layer), slot.strategy, slot.sliding_window, slot.coded
     numbers = ((name, x) for name, x in vars(layer).items() if isinstance(x, (int, type(None))))
     return type(layer), *sorted(numbers)
 

@@ -27,6 +27,7 @@ from .layers.probe import positions_depend_on_images
 from .layers.rotation import turns
 from .prefix import told
 from .retention.base import Scored
+from .retention.budgets import of_heads
 from .retention.full import Full
 from .spec import parse
 from .stats import Stats
@@ -96,6 +97,9 @@ def build(
     # Mllama's: their tokens are those of images
     crossed = getattr(text, "cross_attention_layers", ())
     turn = _turns(strategy, config, theirs, crossed)
+    budgets: list[tuple[int, ...] | None] = [None] * len(theirs)
+    if isinstance(strategy.retention, Scored) and strategy.retention.heads is not None:
+        budgets = of_heads(strategy.retention, config)
     layers = []
     for i, layer in enumerate(theirs):
         own, window = strategy.at(i, len(theirs)), getattr(layer, "sliding_window", None)
@@ -104,7 +108,7 @@ def build(
                 layers.append(layer)
                 continue
             own = own.replace(retention=Full(), layout=Growing())
-        slot = Slot(own, place, stats, window, turn.get(i), strategy.is_coded)
+        slot = Slot(own, place, stats, window, turn.get(i), budgets[i], strategy.is_coded)
         layers.append(_layer(layer, slot) or stay[i])
     served = [
         isinstance(x, AttentionLayer) and (x.cuts_blocks or not strategy.is_coded) for x in layers

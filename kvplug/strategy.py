@@ -121,6 +121,12 @@ class Strategy:
                 f"{self.retention.name!r} chooses; load the model with 'sdpa', or take a method "
                 "that looks at none, such as 'keydiff'"
             )
+        if getattr(self.retention, "heads", None) is not None and attention not in (None, "sdpa"):
+            raise SpecError(
+                f"{self}: heads that hold different numbers of tokens are no dense tensor, which "
+                f"attn_implementation={attention!r} reads; load the model with 'sdpa', or leave "
+                "out heads="
+            )
         if not compat.reads_dense_only(config):
             return strategy
         if self.is_coded or not self.placement.on_device:

@@ -236,6 +236,18 @@ def test_layers_of_other_kinds(name, tokenizer, tmp_path):
     assert out.shape == (1, 44)
 
 
+def test_where_nothing_can_be_measured_it_says_why(model, tokenizer, tmp_path):
+    eager = copy.deepcopy(model)
+    eager.set_attn_implementation("eager")
+    file = tmp_path / "a.safetensors"
+    about = kvplug.calibrate(eager, tokenizer, file, TEXT)
+    assert list(about["unmeasured"]) == ["budgets"]
+    eager.config.max_position_embeddings = 256
+    with pytest.raises(kvplug.SpecError, match=r"store no block of .*too short to measure heads"):
+        kvplug.calibrate(eager, tokenizer, tmp_path / "b", TEXT)
+    assert list(tmp_path.iterdir()) == [file]
+
+
 # ---------------------------------------------------------------------------------- what is no file
 
 
@@ -296,7 +308,12 @@ def test_the_command(model, tokenizer, tmp_path, capsys):
     text.write_text(TEXT, encoding="utf-8")
     command = ["calibrate", "--model", str(folder), "--out", str(out)]
     assert main([*command, "--text", str(text)]) == 0
-    assert f"use it as int3(calibration={str(out)!r})" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert f"use it as int3(calibration={str(out)!r})" in said
+    why = "windows of 512 tokens are too short to measure heads on"
+    assert f"nothing on budgets: {why}" in said
+    with pytest.raises(kvplug.SpecError, match=f"has nothing on budgets: {why}"):
+        kvplug.build(f"expected(heads={str(out)!r})", model.config)
     with calibration.safe_open(out, "pt") as file:
         about = json.loads(file.metadata()[calibration.ENTRY])
     assert about["tokens"] == 1024

@@ -123,7 +123,8 @@ def test_layers_of_a_pyramid_share_the_budget():
     kept = [39, 32, 24, 16, 9]
     assert [cache.held(i) for i in range(5)] == kept
     told = cache.stats()["retention"]
-    assert told == {"budget": 24, "evictions": 14, "kept": [[n, n] for n in kept]}
+    each = [[n, n] for n in kept]
+    assert told == {"budget": 24, "evictions": 14, "asked": each, "kept": each}
 
 
 def test_stats_count_what_rows_keep_and_not_their_padding():

@@ -66,6 +66,11 @@ class Stored:
         """Whether the tail is all there is: a dense tensor already."""
         return not self.head and not self.blocks and not self.empty
 
+    @property
+    def own_mask(self) -> bool:
+        """Whether it is for a kernel alone: as one tensor, transformers' mask would not fit it."""
+        return self.visible is not None and self.starts is None
+
     def pieces(self, blocks_at_once: int = 1) -> Iterator[tuple[Tensor, Tensor]]:
         """Keys [B, H, t, Dk] and values [B, H, t, Dv] piece by piece, in column order."""
         if self.head:

@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from ..errors import NoGradient, ViewError
 from .gradients import recorded
+from .joined import Joined
 from .mask import causal, fit
 
 if TYPE_CHECKING:
@@ -116,9 +117,9 @@ class Watch:
 
 @dataclass(frozen=True)
 class Call:
-    """What the views of one `update` share."""
+    """What the views of one `update` share; of `Joined`, each group of heads is watched itself."""
 
-    stored: Stored
+    stored: Stored | Joined
     kernel: Kernel
     stats: Stats
     watch: Watch | None = None
@@ -128,7 +129,7 @@ class View(torch.Tensor):
     """A lazy [B, H * repeats, T, D] over `Stored`; 5-dimensional in the middle of `repeat_kv`."""
 
     _call: Call
-    stored: Stored
+    stored: Stored | Joined
     _repeats: int
     _shape: torch.Size
     _side: int  # 0: keys, 1: values
@@ -157,11 +158,11 @@ class View(torch.Tensor):
 
     def materialise(self, reason: str) -> Tensor:
         """The dense tensor of this view's shape; counted under `reason` where it must be made."""
-        if self.stored.visible is not None and self.stored.starts is None:
+        if self.stored.own_mask:
             raise ViewError(
                 f"{reason} reads the cache as a dense tensor, for which transformers' mask is not "
-                "right where rows are padded and heads hold different tokens; use "
-                "attn_implementation='sdpa', or a batch without padding"
+                "right where heads hold different numbers of tokens, or different ones of padded "
+                "rows; use attn_implementation='sdpa', or equal heads and rows without padding"
             )
         if not self.stored.is_plain:
             self._call.stats.materialise(reason)
@@ -254,7 +255,7 @@ def _lost(name: str) -> ViewError:
 
 
 def views(
-    stored: Stored, kernel: Kernel, stats: Stats, watch: Watch | None = None
+    stored: Stored | Joined, kernel: Kernel, stats: Stats, watch: Watch | None = None
 ) -> tuple[KeyView, ValueView]:
     """The keys and values of one call."""
     call = Call(stored, kernel, stats, watch)
@@ -280,8 +281,23 @@ def _attend(
         or query.shape[1] % key.stored.tail[0].shape[1]
     ):
         return None
-    call, stored = key._call, key.stored
-    kernel, watch = call.kernel, call.watch
+    stored = key.stored
+    if not isinstance(stored, Joined):
+        return _read(key._call, query, attn_mask, scale, is_causal)
+    heads, outs = stored.heads, []
+    for group, call in enumerate(stored.calls):
+        mask = attn_mask
+        if mask is not None and mask.dim() == 4 and mask.shape[1] > 1:
+            mask = heads.of(mask, group)
+        outs.append(_read(call, heads.of(query, group), mask, scale, is_causal))
+    return heads.join(outs)
+
+
+def _read(
+    call: Call, query: Tensor, attn_mask: Tensor | None, scale: float | None, is_causal: bool
+) -> Tensor:
+    """Attention of a query over what one call has stored."""
+    stored, kernel, watch = call.stored, call.kernel, call.watch
     mask = fit(attn_mask, is_causal, stored, query.shape[1])
     rest = mask, scale, is_causal
     lse = None

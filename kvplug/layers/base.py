@@ -31,6 +31,7 @@ class Slot:
     place, stats: the cache's own, shared by its layers
     sliding_window: that of the model's own attention here; None: full attention
     turn: how the model turns what is stored here, where first tokens must be turned further
+    budgets: tokens that each stored head keeps, where these are unlike; None: all keep as many
     coded: whether some layer of the cache is: static ones then all say the same of their columns
     """
 
@@ -39,6 +40,7 @@ class Slot:
     stats: Stats
     sliding_window: int | None = None
     turn: Turn | None = None
+    budgets: tuple[int, ...] | None = None
     coded: bool = False
 
 
@@ -115,6 +117,9 @@ class AttentionLayer(RowOperations):
 
     def kept(self) -> list[int] | None:
         """Tokens that each head holds, where retention chooses per head; else None."""
+
+    def asked(self) -> list[int] | None:
+        """Tokens that each head is to keep, where retention chooses per head; else None."""
 
     def expect(self, tokens: int) -> None:
         """The prompt ends after `tokens` columns: what is kept for its end waits until then."""

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 from torch.nn.functional import scaled_dot_product_attention
 
 from .base import AttentionLayer
-from .scored import ScoredLayer
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -25,9 +24,10 @@ def attend_and_settle(layer: Any, keys: Tensor, visible: tuple[Tensor, Tensor], 
         visible: what `update` returned.
         heads: of the queries.
     """
-    if isinstance(layer, ScoredLayer) and layer.retention.queries:
+    if not isinstance(layer, AttentionLayer):
+        return
+    if layer.strategy.retention.queries:
         query = keys[:, :1].roll(1, -1).expand(-1, heads, -1, -1)
         causal = keys.shape[2] > 1
         scaled_dot_product_attention(query, *visible, is_causal=causal, enable_gqa=True)
-    if isinstance(layer, AttentionLayer):
-        layer.settle()
+    layer.settle()

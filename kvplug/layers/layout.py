@@ -10,6 +10,7 @@ from ..errors import SpecError
 from ..retention.base import Scored
 from ..stage import Stage, option
 from .growing import Layer
+from .ragged import RaggedLayer
 from .scored import ScoredLayer
 from .static import StaticLayer
 from .static_coded import StaticCodedLayer
@@ -45,8 +46,9 @@ class Layout(Stage):
 
     def layer(self, slot: Slot) -> type[AttentionLayer]:
         """The class of a layer, which is built by `cls(slot)`; `slot.strategy.layout` is self."""
-        scored = slot.sliding_window is None and isinstance(slot.strategy.retention, Scored)
-        return ScoredLayer if scored else Layer
+        if slot.sliding_window is not None or not isinstance(slot.strategy.retention, Scored):
+            return Layer
+        return ScoredLayer if slot.budgets is None else RaggedLayer
 
 
 @dataclass(frozen=True)

@@ -81,6 +81,9 @@ class ScoredLayer(Layer):
         real = self.positions.read()["p"] >= self.padding[:, None, None]
         return real.sum(-1).amax(0).tolist()
 
+    def asked(self) -> list[int]:
+        return [self.retention.budget] * len(self.kept())
+
     def _check_seen(self) -> None:
         if self._unseen:
             raise Unseen(

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, ClassVar, NamedTuple, Self
 
 import torch
 
 from ..errors import SpecError
-from ..stage import Stage
+from ..stage import Stage, option
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -129,10 +130,14 @@ class Scored(Retention):
     a few lines. The first `sinks` tokens of a row and its `recent` newest stay whatever their
     score. Tokens are chosen before they are encoded; of what is encoded already, whole blocks go,
     those whose tokens score lowest on average, so that a block's bytes never change.
+
+    heads: a file of `kvplug calibrate`. Then `budget` is the mean over all heads of the model, and
+        each has as much as the file says that it needs of it.
     """
 
     budget: int
     every: int
+    heads: str | None = option(None, "file of `kvplug calibrate`: who needs more", passing=True)
     log_sum_exp: ClassVar[bool] = False  # whether `score` wants it, for the queries it asks for
     # Whether it keeps what the end of the prompt asks for. Then nothing goes before that has come,
     # and a cache that is given another prompt says so: what that asks for may be gone.
@@ -167,6 +172,15 @@ class Scored(Retention):
         held = prompt if prompt < self.budget + self.every else self.budget
         beyond = held + decoded - self.budget
         return (held, decoded) if beyond < self.every else (self.budget, beyond % self.every)
+
+    @property
+    def least(self) -> int:
+        """The smallest budget that leaves something to choose."""
+        return self.sinks + self.recent + 1
+
+    def with_budget(self, budget: int) -> Self:
+        """The same method for heads of one budget."""
+        return dataclasses.replace(self, budget=budget, heads=None)
 
     def score(self, tokens: Candidates) -> Tensor:
         """How much each token is worth keeping, [B, H, T]: higher is kept."""

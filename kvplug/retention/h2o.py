@@ -35,6 +35,10 @@ class H2O(Scored):
     def recent(self) -> int:
         return self.budget // 2
 
+    @property
+    def least(self) -> int:
+        return 1  # half of it, whatever it is
+
     def score(self, tokens: Candidates) -> Tensor:
         mass = tokens.attention().sum(3).mean(2)  # [B, H, T]
         if "mass" in tokens.state:

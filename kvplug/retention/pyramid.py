@@ -6,6 +6,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import ClassVar
 
+from ..errors import SpecError
 from ..stage import option
 from .snapkv import SnapKV
 
@@ -21,6 +22,11 @@ class Pyramid(SnapKV):
 
     name: ClassVar[str] = "pyramid"
     beta: int = option(20, "how many times less than the mean the last layer keeps", ge=1)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.heads is not None:
+            raise SpecError(f"{self}: layers have budgets already; take 'snapkv' with heads=")
 
     def at(self, layer_idx: int, layers: int) -> Pyramid:
         least = 1 / self.beta

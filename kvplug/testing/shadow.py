@@ -14,6 +14,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 
+from ..attention.joined import Joined
 from ..attention.mask import fit
 from ..attention.stored import placed
 from ..attention.view import View
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from torch import Tensor
+
+    from ..attention.stored import Stored
 
 FUNCTIONAL = torch.nn.functional
 
@@ -204,11 +207,36 @@ class Shadow:
         )  # fmt: skip
         if not isinstance(key, View):
             return got
-        _, keys, values = self.contents[id(key.stored)]
+        if not isinstance(key.stored, Joined):
+            self._compare_attention(
+                original, got, query, key.stored, value, attn_mask, is_causal, scale
+            )
+            return got
+        heads = key.stored.heads
+        for i, call in enumerate(key.stored.calls):
+            mask = attn_mask
+            if mask is not None and mask.dim() == 4 and mask.shape[1] > 1:
+                mask = heads.of(mask, i)
+            outs = heads.of(got, i), heads.of(query, i)
+            self._compare_attention(original, *outs, call.stored, value, mask, is_causal, scale)
+        return got
+
+    def _compare_attention(
+        self,
+        original: Callable,
+        got: Tensor,
+        query: Tensor,
+        stored: Stored,
+        value: Tensor,
+        attn_mask: Tensor | None,
+        is_causal: bool,
+        scale: float | None,
+    ) -> None:
+        """What attention gave, with dense attention over the same content."""
+        _, keys, values = self.contents[id(stored)]
         T = keys.shape[2]
         # in float64: scores of several hundred, as T5's, cost float32 three digits
         sides = (keys, values if isinstance(value, View) else value[:, :, :T])
-        stored = key.stored
         others = attn_mask is not None and attn_mask.shape[-1] not in (1, stored.length)
         if others or stored.visible is not None:  # the mask is that of another layer
             attn_mask = fit(attn_mask, is_causal, stored, query.shape[1])
@@ -229,7 +257,6 @@ class Shadow:
         if not error <= bound:
             raise Wrong(f"attention is {error:.3g} from dense attention over the same content")
         self.attentions_checked += 1
-        return got
 
 
 def as_stored(got: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
