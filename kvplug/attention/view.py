@@ -78,14 +78,14 @@ class Watch:
     new: tokens of the call
     queries: n, how many of the newest are wanted
     log_sum_exp: whether that of their scores is wanted too
-    missed: called where keys or values are read as a dense tensor, of which no query is known
+    missed: called where keys or values are read as a dense tensor, which shows no query
     """
 
     tell: Callable[[Tensor, Tensor | None, float], None]
     new: int
     queries: int
     log_sum_exp: bool
-    missed: Callable[[], None] | None = None
+    missed: Callable[[], None]
 
     def see(
         self,
@@ -167,9 +167,9 @@ class View(torch.Tensor):
         if not self.stored.is_plain:
             self._call.stats.materialise(reason)
         dense = self.stored.side(self._side)
-        watch = self._call.watch
-        if watch is not None and watch.missed is not None:
-            watch.missed()
+        for call in self.stored.calls if isinstance(self.stored, Joined) else (self._call,):
+            if call.watch is not None:
+                call.watch.missed()
         if self.dim() == 5:
             return dense[:, :, None].expand(self.shape)
         return dense if self._repeats == 1 else dense.repeat_interleave(self._repeats, dim=1)

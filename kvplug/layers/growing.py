@@ -16,9 +16,9 @@ from ..retention.window import Window
 from .base import overflow, removed
 from .batch import check_alike
 from .buffer import Buffer
-from .columns import Columns
+from .chunks import Chunked
 from .sinks import SinkTokens
-from .state import NOW, nest, rows
+from .state import nest, rows
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from .state import State
 
 
-class Layer(Columns, CacheLayerMixin):
+class Layer(Chunked, CacheLayerMixin):
     """Keys and values of one attention layer.
 
     New tokens go to the tail, in full precision; once attention has seen them, whole blocks leave
@@ -56,7 +56,7 @@ class Layer(Columns, CacheLayerMixin):
     def _forget(self) -> None:
         self.is_initialized = self.record_past = False
         self.seen = 0
-        self._waits = False  # whether blocks are due, once attention has shown queries
+        self._unseen = 0  # new tokens whose queries are waited for: attention has yet to show them
         self._fetched: dict[str, Tensor] | None = None  # blocks under way to the device
 
     # --- what transformers calls in a forward pass
@@ -145,23 +145,33 @@ class Layer(Columns, CacheLayerMixin):
 
     def _after_update(self, S: int) -> None:
         """What follows the S newest tokens; attention still reads what `update` returns."""
-        if not self.record_past and not self._waits:
+        if not self.record_past and not self._unseen:
             self._settle()
 
     def settle(self) -> None:
-        if self._waits:  # attention shows no queries, or nobody has called it
-            self._settle()
+        if self._unseen:  # attention shows no queries, or nobody has called it
+            self._attended(None, None, None)
 
     def _watch(self, S: int) -> Watch | None:
-        """Who wants to see the queries of S new tokens: keys are rounded for them."""
-        self._waits = self.strategy.codec.feedback and not self.record_past and self._due()[1] > 0
-        if not self._waits:
+        n = self._wanted(S)
+        if not n:
             return None
-        return Watch(self._attended, S, S, log_sum_exp=False, missed=self.settle)
+        self._unseen = S
+        return Watch(self._attended, S, n, self.strategy.retention.log_sum_exp, self.settle)
 
-    def _attended(self, queries: Tensor, log_sum_exp: Tensor | None, scale: float) -> None:
-        """Encode what is due for queries [B, Q, n, D] of a call, its newest ones."""
-        if self._waits:  # else another layer of the model reads the same tokens
+    def _wanted(self, S: int) -> int:
+        """How many queries of S new tokens to wait for: keys that are due are rounded for all."""
+        codec = self.strategy.codec
+        return S if codec.feedback and not self.record_past and self._due()[1] > 0 else 0
+
+    def _attended(
+        self, queries: Tensor | None, log_sum_exp: Tensor | None, scale: float | None
+    ) -> None:
+        """Settle: attention has shown queries [B, Q, n, D], a call's newest, or, None, will not."""
+        if not self._unseen:  # another layer of the model reads the same tokens
+            return
+        self._unseen = 0
+        if not self.record_past:
             self._settle(queries=queries)
 
     def _moment(self, queries: Tensor) -> Tensor | None:
@@ -247,6 +257,7 @@ class Layer(Columns, CacheLayerMixin):
         """Forget the newest n tokens, all of them in the tail."""
         self.tail.drop_last(n)
         self.seen -= n
+        self._unseen = max(0, self._unseen - n)
 
     def reset(self) -> None:
         """Forget all tokens and give their memory back."""
@@ -287,56 +298,6 @@ class Layer(Columns, CacheLayerMixin):
             self._load_first_tokens(state, self.device)
         self.seen, self.record_past = state["seen"], state["record_past"]
 
-    # --- prefixes
-
-    by_chunks = True
-
-    def seal(self) -> None:
-        self._settle(tail=0)
-
-    @property
-    def before_blocks(self) -> int:
-        return self.sinks.count if self.cuts_blocks and self.sinks is not None else 0
-
-    def chunk(self, begin: int, end: int) -> dict[str, Tensor]:
-        window, block, F = self.strategy.retention.newest, self.strategy.codec.block, self._front()
-        sinks = nest("sinks", self._first_tokens()) if F else {}
-        tail = {f"{NOW}{name}": x for name, x in nest("tail", self.tail.read()).items()}
-        if window is not None and window <= end - begin:  # some have left it already
-            held = sinks | nest("blocks", self.blocks.read())
-            return tail | {f"{NOW}{name}": x for name, x in held.items()}
-        if self.cuts_blocks:
-            n = (end - F) // block - max(0, begin - F) // block
-            new = nest("blocks", self.blocks.read(len(self.blocks) - n))
-            return tail | new | (sinks if begin == 0 else {})
-        # as blocks, as elsewhere; before them what fills none
-        rows, start = self.tail.read(len(self.tail) - (end - begin)), (end - begin) % block
-        first = {name: x[:, :, :start] for name, x in rows.items()}
-        keys, values = (rows[name][:, :, start:].unflatten(2, (-1, block)) for name in "kv")
-        return nest("tail", first) | nest("blocks", self.strategy.codec.encode(keys, values))
-
-    def load_chunks(self, chunks: dict[str, Tensor], end: int, device: torch.device) -> None:
-        whole = {name.removeprefix(NOW): x for name, x in chunks.items()}
-        tail = {name: x.to(device) for name, x in rows(whole, "tail").items()}
-        self.lazy_initialization(tail["k"], tail["v"])
-        blocks = rows(whole, "blocks")
-        if not self.cuts_blocks and blocks:
-            pair = zip("kv", self.strategy.codec.decode(blocks), strict=True)
-            after = {name: x.flatten(2, 3).to(device) for name, x in pair}
-            tail, blocks = {name: torch.cat((tail[name], after[name]), 2) for name in "kv"}, {}
-        self.tail.load(tail)
-        self.blocks.load(blocks)
-        self._load_first_tokens(whole, device)
-        self.seen = end
-        self._evict()
-
-    def _first_tokens(self) -> dict[str, Tensor | None]:
-        return {} if self.sinks is None else {"k": self.sinks.keys, "v": self.sinks.values}
-
-    def _load_first_tokens(self, state: State, device: torch.device) -> None:
-        for name, x in rows(state, "sinks").items():
-            setattr(self.sinks, {"k": "keys", "v": "values"}[name], x.to(device, copy=True))
-
     # --- encoding, dropping, taking back
 
     def _settle(self, tail: int | None = None, queries: Tensor | None = None) -> None:
@@ -346,7 +307,6 @@ class Layer(Columns, CacheLayerMixin):
         queries: [B, Q, n, D], those of the newest n tokens, where attention has shown them.
         """
         codec = self.strategy.codec
-        self._waits = False
         self._fetched = None  # a copy of blocks as they were
         self._evict()
         front, n = self._due(tail)

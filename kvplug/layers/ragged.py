@@ -120,6 +120,11 @@ class RaggedLayer(AttentionLayer, CacheLayerMixin):
         for x in self.parts:
             x.prefetch()
 
+    def settle(self) -> None:
+        """As `ScoredLayer.settle`."""
+        for x in self.parts:
+            x.settle()
+
     # --- what is held
 
     def held(self) -> int:

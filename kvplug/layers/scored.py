@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..attention.view import Watch
 from ..errors import Unseen
 from ..placement.device import OnDevice
 from ..retention.base import Candidates
@@ -46,7 +45,6 @@ class ScoredLayer(Layer):
     def _forget(self) -> None:
         super()._forget()
         self._since_eviction = 0  # tokens that retention has not judged yet
-        self._unseen = 0  # new tokens whose queries attention has not shown yet
         self._scale: float | None = None
         self._prompt = 0  # column at which the prompt ends, as far as known
         self._own_mask = False  # whether transformers' mask is not right for what is held
@@ -97,37 +95,33 @@ class ScoredLayer(Layer):
         new = torch.arange(self.seen - S, self.seen, dtype=torch.int32, device=self.device)
         self.positions.append({"p": new.expand(B, H, S)})
         self._since_eviction += S
-        if self.retention.queries:
-            self._unseen = S
-        else:
-            super()._after_update(S)
+        super()._after_update(S)
 
-    def _watch(self, S: int) -> Watch | None:
-        """As `Layer` has it; and a method that asks for queries."""
-        of_codec = super()._watch(S)
+    def settle(self) -> None:
+        """As `Layer.settle`; a method that asks for queries waits on, and raises Unseen later."""
         if not self.retention.queries:
-            return of_codec
-        self._waits = False  # for what the method wants: `_unseen`
-        # of a call that may be rolled back, all: the newest that stay are not known yet
-        n = S if self.record_past or of_codec else self.retention.queries
-        return Watch(self._attended, S, n, self.retention.log_sum_exp)
+            super().settle()
 
-    def _attended(self, queries: Tensor, log_sum_exp: Tensor | None, scale: float) -> None:
+    def _wanted(self, S: int) -> int:
+        """As `Layer` has it; and what a method asks for."""
+        asked = self.retention.queries
+        if asked and self.record_past:
+            return S  # the call may be rolled back: the newest that stay are not known yet
+        return max(asked, super()._wanted(S))
+
+    def _attended(
+        self, queries: Tensor | None, log_sum_exp: Tensor | None, scale: float | None
+    ) -> None:
         """Take the newest queries [B, Q, n, Dk] of a call; then, or after `crop`, choose."""
-        if not self.retention.queries:
-            super()._attended(queries, log_sum_exp, scale)
-            return
-        if not self._unseen:  # another layer of the model reads the same tokens
-            return
-        self._unseen, self._scale = 0, scale
-        new = {"q": queries}
-        if log_sum_exp is not None:
-            new["lse"] = log_sum_exp
-        with lasting():
-            wanted = queries.shape[2] if self.record_past else self.retention.queries
-            self.queries.append({name: x[:, :, -wanted:] for name, x in new.items()})
-        if not self.record_past:
-            self._settle(queries=queries)
+        if self._unseen and self.retention.queries:
+            self._scale = scale
+            new = {"q": queries}
+            if log_sum_exp is not None:
+                new["lse"] = log_sum_exp
+            with lasting():
+                wanted = queries.shape[2] if self.record_past else self.retention.queries
+                self.queries.append({name: x[:, :, -wanted:] for name, x in new.items()})
+        super()._attended(queries, log_sum_exp, scale)
 
     # --- columns
 
@@ -224,7 +218,6 @@ class ScoredLayer(Layer):
         self.positions.drop_last(n)
         self.queries.drop_last(min(n, len(self.queries)))
         self._since_eviction -= n
-        self._unseen = max(0, self._unseen - n)
 
     def reset(self) -> None:
         """Forget all tokens and give their memory back."""

@@ -27,6 +27,7 @@ class Retention(Stage):
     """
 
     kind: ClassVar[str] = "retention"
+    log_sum_exp: ClassVar[bool] = False  # whether it wants that of the scores of its `queries`
 
     @property
     def first(self) -> int:
@@ -138,7 +139,6 @@ class Scored(Retention):
     budget: int
     every: int
     heads: str | None = option(None, "file of `kvplug calibrate`: who needs more", passing=True)
-    log_sum_exp: ClassVar[bool] = False  # whether `score` wants it, for the queries it asks for
     # Whether it keeps what the end of the prompt asks for. Then nothing goes before that has come,
     # and a cache that is given another prompt says so: what that asks for may be gone.
     for_question: ClassVar[bool] = False
