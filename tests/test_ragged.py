@@ -1,22 +1,35 @@
 """Heads of one layer that hold different numbers of tokens."""
 
 import copy
+import dataclasses
+from itertools import cycle
 
 import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention as sdpa
-from transformers import GPT2Config
+from transformers import DynamicCache, GPT2Config
 
 import kvplug
 from kvplug import calibration
 from kvplug.compat import cache_argument, output_cache
+from kvplug.layers.ragged import RaggedLayer
 from kvplug.retention.budgets import split
 from kvplug.retention.needs import _errors, _give, measure
+from kvplug.testing import StrategyConformance
+from kvplug.testing.architectures import Absent, make
+from kvplug.testing.memory import peak_bytes
 from kvplug.testing.oracle import one_layer
+from kvplug.testing.pairs import pairwise
+from kvplug.testing.reuse import OPERATIONS
 from kvplug.testing.shadow import Shadow
+from kvplug.testing.specs import BUILTIN, SMALL
+from kvplug.testing.specs import spec as spelled
+from kvplug.testing.strategy import ASSISTED, CHUNKS, HEADS, MODES
 from kvplug.testing.tools import (
+    DTYPES,
     GREEDY,
     assert_close,
+    attended,
     dense,
     left_padded,
     normal,
@@ -33,7 +46,7 @@ def heads(tmp_path):
 
     def write(config, needs):
         path = tmp_path / "heads.safetensors"
-        calibration.write(path, {"budgets.need": torch.tensor(needs)}, config, {})
+        calibration.write(path, {"budgets.need": torch.as_tensor(needs)}, config, {})
         return str(path)
 
     return write
@@ -307,3 +320,127 @@ def test_shares_go_to_those_that_need_them():
     assert errors[1].max() < 1e-9
     assert errors[0, -1] < 1e-9, "with all tokens nothing is off"
     assert _give(errors).tolist() == [0.375, 0.0625]
+
+
+# ------------------------------------------------------------------------------- the suite, with it
+
+# each codec with each placement, and each method with each of both
+CALIBRATED = [
+    spelled({"layout": "growing"} | row)
+    for row in pairwise(
+        {
+            "retention": [
+                f"{SMALL[name][:-1]}, heads='any')"
+                for name in ("expected", "h2o", "keydiff", "snapkv")
+            ],
+            "codec": BUILTIN["codec"],
+            "placement": BUILTIN["placement"],
+            "tail": (0, 8),
+        }
+    )
+]
+WAYS = [(mode, 1 if mode in ASSISTED else 2) for mode in MODES]
+NUMBERS = [(heads, dtype) for heads in HEADS for dtype in DTYPES]
+
+
+def each(ways):
+    """Every strategy, one way for each in turn."""
+    return list(zip(CALIBRATED, cycle(ways), strict=False))
+
+
+class TestCalibrated(StrategyConformance):
+    """The suite, as if whatever model comes had been calibrated."""
+
+    @pytest.fixture(params=CALIBRATED[::4])
+    def spec(self, request):
+        return request.param
+
+    @pytest.fixture(autouse=True)
+    def calibrated(self, monkeypatch):
+        def of_heads(retention, config):
+            layers = len(DynamicCache(config=config).layers)
+            H = 2 if isinstance(config, GPT2Config) else config.num_key_value_heads
+            needs = torch.arange(layers * H).view(layers, H) * 7 % 5 + 1.0
+            return split(needs, retention.budget, retention.least)
+
+        monkeypatch.setattr("kvplug.factory.of_heads", of_heads)
+
+    @pytest.mark.parametrize(("spec", "way"), each(WAYS))
+    def test_generation(self, run, model, lossless, way):
+        super().test_generation(run, model, lossless, *way)
+
+    def test_eager_and_sdpa_agree(self, fresh):
+        """They do not: heads of unlike length are no dense tensor, and `eager` is told so."""
+        eager = tiny_llama(attn_implementation="eager")
+        inputs = left_padded([prompt(n, seed=n)[0] for n in (30, 11)])
+        with pytest.raises((kvplug.Unseen, kvplug.ViewError), match="attn_implementation='sdpa'"):
+            eager.generate(**inputs, **cache_argument(fresh()), **GREEDY)
+
+    def test_full_precision_stays_within_the_tail(self, strategy, fresh, model):
+        cache = fresh()
+        model.generate(prompt(40), **cache_argument(cache), **(GREEDY | {"max_new_tokens": 30}))
+        for layer in cache.layers:
+            for part in layer.parts:
+                codec, (_, end, blocks) = part.strategy.codec, part.encoded()
+                if part.cuts_blocks:
+                    assert 69 - end <= codec.tail + codec.block - 1
+                assert blocks is None or part.cuts_blocks
+
+    @pytest.mark.parametrize(("spec", "way"), each(NUMBERS))
+    def test_heads_and_dtypes(self, spec, lossless, way):
+        super().test_heads_and_dtypes(spec, lossless, *way)
+
+    @pytest.mark.parametrize(("spec", "chunk"), each(CHUNKS))
+    def test_lengths_and_chunks(self, strategy, model, fresh, chunk):
+        super().test_lengths_and_chunks(strategy, model, fresh, chunk)
+
+    @pytest.mark.parametrize(("spec", "operation"), each(OPERATIONS))
+    def test_batch_operations(self, strategy, model, fresh, operation):
+        super().test_batch_operations(strategy, model, fresh, operation)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("gpt2", "qwen2, key bias", "falcon, multi-query", "gemma2, sliding and softcap"),
+        *("gemma3, sliding", "falcon_h1, mamba in each layer", "qwen3_next, linear hybrid"),
+    ],
+)
+def test_other_architectures(name, heads):
+    """Biases, windows and states beside it; what each layer stores says how many heads it has."""
+    try:
+        model = make(name)
+    except Absent as e:
+        pytest.skip(str(e))
+    plain = DynamicCache(config=model.config)
+    model(prompt(3), **cache_argument(plain))
+    stored = [getattr(x, "keys", None) for x in plain.layers]
+    needs = torch.full((len(stored), 8), torch.nan)
+    for i, x in enumerate(stored):
+        if x is not None:
+            needs[i, : x.shape[1]] = torch.tensor([1.0, 4, 2, 2, 1, 1, 1, 1])[: x.shape[1]]
+    file = heads(model.config, needs)
+    spec = f"expected(budget=16, every=5, queries=6, sinks=2, recent=3, heads={file!r})"
+    batch = left_padded([prompt(n, seed=n)[0] for n in (33, 9)])
+    with Shadow(model, (batch["attention_mask"] == 0).sum(-1)) as shadow:
+        model.generate(**batch, cache_implementation=spec, **GREEDY)
+    assert shadow.attentions_checked > 0
+    assert shadow.dropped > 0
+
+
+def test_a_step_makes_no_dense_copy():
+    """Of heads of several hundred tokens: it allocates masks and scores."""
+    strategy = kvplug.parse("keydiff(budget=600, every=60, heads='any')+int8(block=8, tail=8)")
+    slot = one_layer(strategy.replace(retention=strategy.retention.with_budget(600))).slot
+    layer = RaggedLayer(dataclasses.replace(slot, strategy=strategy, budgets=(200, 1000)))
+    attended(layer, *(normal(1, 2, 1100, 32, seed=s) for s in (0, 1)))
+    token = normal(1, 2, 1, 32, seed=2)
+
+    def step():
+        length, offset = layer.get_mask_sizes(1)
+        visible = torch.arange(offset, offset + length) <= layer.get_seq_length()
+        sdpa(token, *layer.update(token, token), attn_mask=visible.view(1, 1, 1, length))
+
+    peaks = sorted(peak_bytes(step) for _ in range(7))
+    assert layer.kept() == [207, 1007]
+    assert peaks[3] < 1207 * 32 * 4 * 2 / 2, f"{peaks} bytes, of half of what is held"

@@ -133,7 +133,8 @@ def one_layer(strategy: Strategy, padding: Tensor | None = None, limit: int = 25
 def kept_whole(retention: Retention, length: int) -> bool:
     """Whether nothing of `length` tokens is dropped."""
     if isinstance(retention, Scored):
-        return length < retention.budget + retention.every
+        fewest = retention.budget if retention.heads is None else retention.least
+        return length < fewest + retention.every
     return retention.newest is None or length <= retention.first + retention.newest
 
 
