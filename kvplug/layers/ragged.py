@@ -110,7 +110,7 @@ class RaggedLayer(AttentionLayer, CacheLayerMixin):
 
     def set_padding(self, padding: Tensor) -> None:
         for x in self.parts:
-            x.set_padding(padding)
+            x.set_padding(padding.clone())  # files hold no tensor of shared memory
 
     def expect(self, tokens: int) -> None:
         for x in self.parts:
