@@ -89,7 +89,7 @@ def kl_of_storing(model, window, codec):
 @pytest.mark.parametrize("bits", [4, 6])
 def test_costs_are_the_kl_of_storing_one_side_of_one_layer(model, bits):
     """Of errors that are small; one answer drawn per token leaves some noise."""
-    windows = prompt(512, 6)
+    windows = prompt(512, 16)
     told = sensitivity.measure(model, windows)["widths.kl"]
     assert told.shape == (LAYERS, 2, len(widths.BITS))
     told = told[..., widths.BITS.index(bits)]
