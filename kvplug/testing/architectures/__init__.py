@@ -48,6 +48,8 @@ def make(name: str, seed: int = 0, **overrides: Any) -> Any:
     for tokens in (model.generation_config, config):  # every run has its full length
         tokens.eos_token_id = None
     model.generation_config.pad_token_id = 0
+    # as trained ones do: no answer holds padding, of which `generate` would make a mask with holes
+    model.generation_config.suppress_tokens = [0]
     _draw_norms(model)
     if architecture.config == "Qwen2":  # as trained ones have it: a constant that dwarfs the rest
         for layer in model.model.layers:
