@@ -14,7 +14,7 @@ sys.path.insert(0, str(ROOT))
 
 import kvplug  # noqa: E402
 from evals.report.runs import read  # noqa: E402
-from kvplug.choose import ALLOWED  # noqa: E402
+from kvplug.strategy import ALLOWED  # noqa: E402
 
 SUITES = ("drift", "pareto", "quick")
 FRONT = ROOT / "kvplug" / "front.json"
