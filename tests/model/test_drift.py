@@ -10,6 +10,7 @@ from evals.setup.control import Broken
 from kvplug.compat import cache_argument
 
 WINDOW, CHUNK, SKIP = 512, 64, 128
+FAR = 20_000  # tokens; the model is trained to 8,192
 
 
 @torch.no_grad()
@@ -48,7 +49,7 @@ def test_a_broken_codec_shows(real, text, exact):
 
 @torch.no_grad()
 def test_sinks_stay_sane_beyond_the_trained_length(real, text):
-    """Left at position 0, sinks ruin the model: perplexity 9,873 at position 20,000.
+    """Left at position 0, sinks ruin the model: 9.7 nats at 20,000, not yet at 8,192; turned, 3.3.
 
     The way there does not go through the model: layers are given what they hold again and again,
     which the text that follows has driven out before it is read.
@@ -60,7 +61,7 @@ def test_sinks_stay_sane_beyond_the_trained_length(real, text):
         if i == 3:
             for layer in cache.layers:
                 keys, values = layer.keys[:, :, 4:].clone(), layer.values[:, :, 4:].clone()
-                while layer.get_seq_length() <= model.config.max_position_embeddings:
+                while layer.get_seq_length() < FAR:
                     layer.update(keys, values)
         begin, read = step * i, i in (1, 2, 5, 6)
         given = text[None, begin : begin + step]
@@ -69,7 +70,7 @@ def test_sinks_stay_sane_beyond_the_trained_length(real, text):
             losses.append(cross_entropy(logits, text[begin + 1 : begin + step + 1]))
         sizes.append(cache.nbytes())
         assert cache.held() <= 255
-    assert cache.get_seq_length() > model.config.max_position_embeddings + 4 * step
+    assert cache.get_seq_length() >= FAR + 4 * step > model.config.max_position_embeddings
     early, late = torch.stack(losses).split(2)
     assert late.mean() < early.mean() + 0.5  # other text, same order
     assert max(sizes[2:]) <= sizes[1] * 1.01
