@@ -10,7 +10,7 @@ from pathlib import Path
 from .errors import KvplugError, SpecError
 from .store.cli import add_arguments
 from .store.cli import run as run_store
-from .strategy import ALLOWED
+from .strategy import ALLOWED, USES
 from .units import text_of
 
 STRATEGIES = (
@@ -43,6 +43,12 @@ def main(argv: list[str] | None = None) -> int:
     )
     _add_sizes(advice, "tokens in all, prompt and answer")
     advice.add_argument("--memory", help="bytes the cache may hold (default: 0.8 of what is free)")
+    advice.add_argument(
+        "--use",
+        choices=USES,
+        help="what for: one question in the prompt, questions that come later, a text that goes on "
+        "(default: no token goes)",
+    )
     advice.add_argument(
         "--drift", choices=ALLOWED, default="none", help="what may be lost (default none)"
     )
@@ -146,18 +152,19 @@ def _recommend(args: argparse.Namespace) -> int:
         context=args.context,
         batch=args.batch,
         budget=args.memory,
+        use=args.use,
         drift=args.drift,
         dtype=args.dtype,
         device=args.device,
     )
-    print(f"{'strategy':<24} {'holds':>10} {'KL':>8}")
+    print(f"{'strategy':<36} {'holds':>10}  loses")
     for x in choice.options:
         if x.held is None:
-            print(f"{x.spec:<24} refused: {x.refusal}")
+            print(f"{x.spec:<36} refused: {x.refusal}")
             continue
-        barred = "" if choice.asked.allows(x.kl) else f"drift={args.drift!r} does not allow it"
+        barred = "" if x.allowed else f"drift={args.drift!r} does not allow it"
         why = "chosen" if x == choice.best else barred or ("" if x.fits else "does not fit")
-        print(f"{x.spec:<24} {text_of(x.held):>10} {x.kl:>8.5f}  {why}".rstrip())
+        print(f"{x.spec:<36} {text_of(x.held):>10}  {x.loss}  {why}".rstrip())
     print(choice.reason)
     return 2 if choice.best is None else 0
 

@@ -36,6 +36,8 @@ DEFAULTS = {
 }
 # KL to the exact cache, nat per token, that each word allows at most
 ALLOWED = {"none": 0.0, "low": 0.003, "medium": 0.03}
+# of a cache: a question in the prompt, questions that come later, a text that goes on
+USES = ("prompt", "prefix", "stream")
 
 
 @dataclass(frozen=True)
@@ -199,21 +201,19 @@ class Strategy:
 
 @dataclass(frozen=True)
 class Auto(Stage):
-    """The whole strategy: the first that fits of exact, then of the codecs that `drift` allows.
+    """The whole strategy: the first that fits of exact, then of what `drift` allows to lose.
 
-    Lossy strategies are never chosen without leave.
+    Lossy strategies are never chosen without leave, and tokens let go only where `use` says what
+    for: `kvplug.recommend` explains both.
     """
 
     kind: ClassVar[str] = "strategy"
     name: ClassVar[str] = "auto"
     budget: str | None = option(None, "bytes it may hold, as '2GiB'; None: 0.8 of what is free")
+    use: str | None = option(None, "what for, or no token goes", choices=USES)
     drift: str = option("none", "what may be lost: KL up to 0, 0.003, 0.03", choices=(*ALLOWED,))
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.budget is not None:
             bytes_of(self.budget)
-
-    def allows(self, kl: float) -> bool:
-        """Whether a strategy may be taken that drifts so far, in KL to the exact cache."""
-        return kl <= ALLOWED[self.drift]

@@ -1,39 +1,104 @@
-"""Write `kvplug/front.json`, what `auto` knows of drift, from a result folder of `evals`.
+"""Write `kvplug/front.json`, what `auto` knows of losses, from result folders of `evals`.
 
-usage: python scripts/front.py FOLDER     (of --suite drift, pareto or quick)
+usage: python scripts/front.py FOLDER ...
+
+A folder of --suite drift, pareto or quick gives the drift of codecs; one of retrieval, asked in the
+prompt and after it, and one of stream give what is lost by methods that let tokens go. What no
+folder gives stays as it is.
 """
 
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
 import kvplug  # noqa: E402
 from evals.report.runs import read  # noqa: E402
+from evals.rows.tables import interval  # noqa: E402
+from evals.setup.contenders import EXACT  # noqa: E402
+from evals.suites import retrieval  # noqa: E402
 from kvplug.strategy import ALLOWED  # noqa: E402
 
-SUITES = ("drift", "pareto", "quick")
+CODECS = ("drift", "pareto", "quick")  # suites
+# by use: the suite, its metric, and the method that serves it
+METHODS = {
+    "prompt": ("retrieval", "retrieval_asked", "snapkv"),
+    "stream": ("stream", "kl", "expected"),
+}
 FRONT = ROOT / "kvplug" / "front.json"
 
 
-def front(folder: Path) -> dict:
-    """The KL of each codec in `folder` that loses less than the most that can be allowed."""
-    codecs, (_, _, rows) = kvplug.available()["codec"], read(folder)
-    of_codecs = [
+def sections(folder: Path) -> dict[str, Any]:
+    """What a folder gives: `kl` and `measured`, or some of `kept` by use."""
+    _, _, rows = read(folder)
+    if rows[0]["suite"] in CODECS:
+        return of_codecs(rows)
+    made = {use: of_methods(rows, *how) for use, how in METHODS.items()}
+    return {"kept": {use: found for use, found in made.items() if found}}
+
+
+def of_codecs(rows: list[dict]) -> dict[str, Any]:
+    """The KL of each codec that loses less than the most that can be allowed."""
+    codecs = kvplug.available()["codec"]
+    rows = [
         row
         for row in rows
-        if row["suite"] in SUITES and row["metric"] == "kl" and row["case"] is None
+        if row["metric"] == "kl" and row["case"] is None
         and row["strategy"] in codecs and 0 < row["value"] <= max(ALLOWED.values())
     ]  # fmt: skip
-    kl = {row["strategy"]: float(f"{row['value']:.2g}") for row in of_codecs}
+    kl = {row["strategy"]: float(f"{row['value']:.2g}") for row in rows}
+    return {"kl": dict(sorted(kl.items(), key=lambda x: x[1])), "measured": source(rows[0])}
+
+
+def of_methods(rows: list[dict], suite: str, metric: str, method: str) -> dict[str, Any] | None:
+    """What a method lost at each share of tokens that it kept, the largest first; of one share
+    without a codec first.
+    """
+    if rows[0]["suite"] != suite:
+        return None
+    rows = [row for row in retrieval.pooled(rows) if row["metric"] == metric]
+    if metric == "kl":  # of the last positions: those before have lost little, or nothing yet
+        last = max((row["case"] for row in rows if row["case"]), key=lambda x: int(x.split("-")[0]))
+        rows = [row for row in rows if row["case"] == last]
+    exact = {row["context"]: row["value"] for row in rows if row["strategy"] == EXACT}
+    options = []
+    for row in rows:
+        if ":" in row["strategy"]:  # not of ours
+            continue
+        strategy = kvplug.parse(row["strategy"])
+        if strategy.retention.name != method:
+            continue
+        spec = re.sub(r"budget=\d+", "budget={budget}", row["strategy"])
+        share = strategy.retention.budget / row["context"]
+        found = {"spec": spec, "share": share, "of": row["context"]}
+        if metric == "kl":
+            found["kl"] = float(f"{row['value']:.2g}")
+        else:
+            shares = row["value"], *interval(row["value"], row["n"])
+            found["found"] = [round(x, 3) for x in shares]
+            found["exact"] = round(exact[row["context"]], 3)
+        options.append((-share, not strategy.lossless, found))
+    if not options:
+        return None
+    options.sort(key=lambda x: x[:2])
+    return {"options": [found for *_, found in options], "measured": source(rows[0])}
+
+
+def source(row: dict) -> dict[str, Any]:
+    """Where a row was measured."""
     names = ("model", "dataset", "context", "note", "transformers", "torch", "hardware")
-    source = {name: of_codecs[0][name] for name in names}
-    return {"kl": dict(sorted(kl.items(), key=lambda x: x[1])), "measured": source}
+    return {name: row[name] for name in names}
 
 
 if __name__ == "__main__":
-    FRONT.write_text(json.dumps(front(Path(sys.argv[1])), indent=1) + "\n", encoding="utf-8")
+    front = json.loads(FRONT.read_text(encoding="utf-8"))
+    for folder in sys.argv[1:]:
+        new = sections(Path(folder))
+        front |= new | {"kept": front.get("kept", {}) | new.get("kept", {})}
+    FRONT.write_text(json.dumps(front, indent=1) + "\n", encoding="utf-8")

@@ -1,4 +1,4 @@
-"""What README.md and docs/speed.md tell of measured figures, written from committed result folders.
+"""What README.md and pages of docs/ tell of figures, written from committed result folders.
 
 usage: python scripts/readme_figures.py
 
@@ -23,14 +23,17 @@ from transformers import LlamaConfig  # noqa: E402
 import kvplug  # noqa: E402
 from evals.report.render import markdown  # noqa: E402
 from evals.report.runs import Run, load  # noqa: E402
-from evals.rows.tables import Table  # noqa: E402
+from evals.rows.tables import Table, share  # noqa: E402
+from evals.setup import shapes  # noqa: E402
 from evals.setup.contenders import EXACT  # noqa: E402
 from evals.suites import decode as decode_suite  # noqa: E402
+from evals.suites import drift as drift_suite  # noqa: E402
 from evals.suites import quick  # noqa: E402
+from evals.suites import retrieval as retrieval_suite  # noqa: E402
 
 BENCHMARKS = ROOT / "docs" / "benchmarks"
 REPORT = ROOT / "docs" / "reports" / "smollm2-135m"
-PAGES = ROOT / "README.md", ROOT / "docs" / "speed.md"
+PAGES = ROOT / "README.md", *(ROOT / "docs" / f"{x}.md" for x in ("auto", "retention", "speed"))
 BLOCK = re.compile(r"(<!-- figures: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 SMOLLM2 = LlamaConfig(
     num_hidden_layers=30, hidden_size=576, num_attention_heads=9, num_key_value_heads=3
@@ -174,6 +177,71 @@ def cuda() -> str:
     return f"{table}\n\n{_noise(run)}"
 
 
+def kept() -> str:
+    """Return in a sentence what is found with few tokens, asked in the prompt and after it."""
+    (run,) = _runs("retrieval")
+    name = "snapkv(budget=256)"
+    held, exact = (_row(run, x, "bytes_held", 1, 2048)["value"] for x in (name, EXACT))
+    asked, whole = (_found(run, x, "retrieval_asked") for x in (name, EXACT))
+    later, later_whole = (_found(run, x, "retrieval") for x in (name, EXACT))
+    return (
+        f"Of a prompt of 2,048 tokens `{name}` holds {held / exact:.2f} of the exact cache's "
+        f"bytes, and the model finds {asked} of the hidden words that the prompt asks for, with "
+        f"the exact cache {whole}; what only a later question asks for is gone: {later}, with the "
+        f"exact cache {later_whole}. In brackets 95 % intervals (Wilson)."
+    )
+
+
+def asked() -> str:
+    """Return words found by a method that lets tokens go, and how they were asked for."""
+    (run,) = _runs("retrieval")
+    (table,) = retrieval_suite.tables(run.config, run.rows)
+    columns = [i for i, name in enumerate(table.head) if "greedy" not in name]
+    body = [[row[i] for i in columns] for row in table.body]
+    return f"{_table([table.head[i] for i in columns], body)}\n\n{table.notes[0]}"
+
+
+def streaming() -> str:
+    """Return what letting tokens go again and again costs a text that goes on."""
+    (run,) = _runs("stream")
+    body = []
+    for name in dict.fromkeys(row["strategy"] for row in run.rows):
+        if name == EXACT or name.startswith("control:"):
+            continue
+        kl, top1 = (_row(run, name, metric, 1, 2048) for metric in ("kl", "top1"))
+        held, exact = (_row(run, x, "bytes_held", 1, 2048)["value"] for x in (name, EXACT))
+        spread = f"{kl['value']:.4f} ({kl['p20']:.4f}-{kl['p80']:.4f})"
+        body.append([name, f"{held / exact:.2f}x", spread, f"{top1['value']:.3f}"])
+    table = _table(["strategy", "held", "KL, nat (p20-p80 of windows) ↓", "top-1 ↑"], body)
+    return f"{table}\n\n{drift_suite.method(run.config)}"
+
+
+@cache
+def picks() -> str:
+    """Return what `auto` takes for public models on 4 GiB, and the bytes that it predicts."""
+    body = []
+    asks = (
+        ("none", None),
+        ("low", None),
+        ("medium", None),
+        ("medium", "prompt"),
+        ("medium", "stream"),
+    )
+    for name in ("llama-8b", "qwen3-8b", "mistral-7b", "gemma3-4b", "smollm2-1.7b"):
+        for batch in (1, 8, 24):
+            size = {"context": 8192, "batch": batch, "dtype": "bfloat16"}
+            cells = []
+            for drift, use in asks:
+                choice = kvplug.recommend(
+                    shapes.config(name), budget="4GiB", drift=drift, use=use, **size
+                )
+                best = choice.best
+                cells.append("-" if best is None else f"`{best.spec}` {best.held / 2**30:.2f} GiB")
+            body.append([name, f"{batch} x 8,192", *cells])
+    heads = [f"drift='{drift}'" + (f", use='{use}'" if use else "") for drift, use in asks]
+    return _table(["model", "tokens", *heads], body)
+
+
 def answers() -> str:
     """Return drift and retrieval of what is not exact."""
     body = [[name, *quality] for name, quality in _quality().items()]
@@ -207,6 +275,12 @@ def _quality() -> dict[str, Quality]:
 def _is_todays(row: dict[str, Any]) -> bool:
     """Whether what was measured is what the name means today, with all of its arguments."""
     return ":" in row["strategy"] or row["spec"] == repr(kvplug.parse(row["strategy"]))
+
+
+def _found(run: Run, strategy: str, metric: str) -> str:
+    """Return the share of words found, at any depth, and its interval."""
+    rows = retrieval_suite.pooled([r for r in run.rows if r["metric"] == metric])
+    return share(next(row for row in rows if row["strategy"] == strategy), None)
 
 
 def _of_exact(spec: str, context: int) -> float:

@@ -5,10 +5,10 @@ import re
 
 import pytest
 import torch
-import transformers
 
 import kvplug
-from kvplug import choose, memory
+from evals.setup import shapes
+from kvplug import measured, memory
 from kvplug.cli import main
 from kvplug.compat import output_cache
 from kvplug.errors import SpecError
@@ -18,29 +18,33 @@ from kvplug.testing.tools import prompt
 from kvplug.units import bytes_of
 
 CPU = torch.device("cpu")
-# sizes of models that are public, without weights
-PUBLIC = {
-    "Llama-3.1-8B": transformers.LlamaConfig(
-        hidden_size=4096, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8,
-        dtype="bfloat16",
-    ),
-    "Qwen3-8B": transformers.Qwen3Config(
-        hidden_size=4096, num_hidden_layers=36, num_attention_heads=32, num_key_value_heads=8,
-        head_dim=128, dtype="bfloat16",
-    ),
-    "Mistral-7B": transformers.MistralConfig(
-        hidden_size=4096, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8,
-        sliding_window=None, dtype="bfloat16",
-    ),
-    "Gemma-3-4B": transformers.Gemma3TextConfig(
-        hidden_size=2560, num_hidden_layers=34, num_attention_heads=8, num_key_value_heads=4,
-        head_dim=256, sliding_window=1024, dtype="bfloat16",
-    ),
-    "SmolLM2-1.7B": transformers.LlamaConfig(
-        hidden_size=2048, num_hidden_layers=24, num_attention_heads=32, num_key_value_heads=32,
-        dtype="bfloat16",
-    ),
-}  # fmt: skip
+# five models that are public, without weights
+PUBLIC = "llama-8b", "qwen3-8b", "mistral-7b", "gemma3-4b", "smollm2-1.7b"
+FOUND = {"found": [0.7, 0.55, 0.82], "exact": 0.75, "of": 2048}
+KEPT = {
+    "prompt": [
+        {"spec": "snapkv(budget={budget})+int4", "share": 1 / 8} | FOUND,
+        {"spec": "snapkv(budget={budget})+int4", "share": 1 / 16} | FOUND | {"exact": 0.83},
+    ],
+    "stream": [
+        {"spec": "expected(budget={budget})+int4", "share": 1 / 2, "kl": 0.02},
+        {"spec": "expected(budget={budget})+int4", "share": 1 / 4, "kl": 0.1},
+    ],
+}
+
+
+@pytest.fixture
+def kept(monkeypatch):
+    """What was measured of methods, as long as a test lasts."""
+    told = measured.front() | {"kept": {use: {"options": x} for use, x in KEPT.items()}}
+    monkeypatch.setattr(measured, "front", lambda: told)
+
+
+def public(name):
+    """Its config, in the dtype that it is published in."""
+    config = shapes.config(name)
+    config.dtype = torch.bfloat16
+    return config
 
 
 def best(choice):
@@ -50,14 +54,14 @@ def best(choice):
 @pytest.mark.parametrize("name", PUBLIC)
 def test_the_first_that_fits_four_gibibytes(name):
     """By bytes that are counted here."""
-    config, picked = PUBLIC[name], set()
+    config, picked = public(name), set()
     for context in (4096, 24_576, 49_152, 98_304, 131_072, 800_000):
         choice = kvplug.recommend(config, context=context, budget="4GiB", drift="medium")
         fitting = [x for x in choice.options if x.held is not None and x.held <= 4 << 30]
         assert choice.best == (fitting[0] if fitting else None)
         picked.add(best(choice))
         (exact,) = (x.held for x in choice.options if x.spec == "growing")
-        if "Gemma" not in name:  # whose windows hold less
+        if "gemma" not in name:  # whose windows hold less
             heads, layers = config.num_key_value_heads, config.num_hidden_layers
             all_of_them = 2 * 2 * heads * config.head_dim * layers * context
             assert exact == pytest.approx(all_of_them * 9 / 8, rel=0.02)  # room ahead
@@ -65,7 +69,7 @@ def test_the_first_that_fits_four_gibibytes(name):
 
 
 def test_nothing_is_lost_without_leave():
-    config = PUBLIC["Llama-3.1-8B"]
+    config = public("llama-8b")
     choice = kvplug.recommend(config, context=65_536, budget="4GiB")
     assert choice.best is None
     with pytest.raises(SpecError) as e:
@@ -78,7 +82,7 @@ def test_nothing_is_lost_without_leave():
     )
     for drift, limit in ALLOWED.items():
         choice = kvplug.recommend(config, context=50_000, budget="4GiB", drift=drift)
-        assert choice.best is None or choice.best.kl <= limit
+        assert choice.best is None or choice.best.loss.kl <= limit
         assert (choice.best is None) == (drift == "none")
 
 
@@ -89,6 +93,57 @@ def test_what_a_lossy_one_would_have_saved_is_said():
         r"hold \d+\.\d KiB at KL 0\.\d+, which drift='none' does not allow",
         reason,
     )
+
+
+def test_tokens_go_only_where_it_is_said_what_for(kept):
+    """And allowed: of what a question asks for none, as far as can be told."""
+    ask = {"context": 262_144, "budget": "4GiB"}
+    model = public("llama-8b")
+    for drift in ALLOWED:
+        assert best(kvplug.recommend(model, **ask, drift=drift)) is None
+    for use, drift in (("prompt", "low"), ("prompt", "none"), ("stream", "low")):
+        choice = kvplug.recommend(model, **ask, use=use, drift=drift)
+        assert choice.best is None
+        assert re.search(
+            r"'(snapkv|expected)\(budget=\d+\)\+int4' would hold \d+\.\d [GM]iB at .*, which "
+            rf"drift='{drift}' does not allow",
+            choice.reason,
+        )
+    assert "0.70 [0.55, 0.82] of words found, exact 0.83" in kvplug.recommend(
+        model, **ask, use="prompt", drift="low"
+    ).reason  # fmt: skip
+    choice = kvplug.recommend(model, **ask, use="prompt", drift="medium")
+    assert best(choice) == "snapkv(budget=32768)+int4"
+    assert "growing, int8, int4 would not fit" in choice.reason
+    assert [x.allowed for x in choice.options[-2:]] == [True, False]  # of one, words were lost
+    ask["context"] //= 2
+    assert best(kvplug.recommend(model, **ask, use="stream", drift="medium")) == (
+        "expected(budget=65536)+int4"
+    )
+    short = kvplug.recommend(model, context=8192, budget="4GiB", use="prompt", drift="medium")
+    assert best(short) == "growing"
+
+
+def test_a_use_for_which_nothing_was_measured_says_so(kept):
+    ask = {"context": 262_144, "budget": "4GiB", "drift": "medium"}
+    choice = kvplug.recommend(public("llama-8b"), **ask, use="prefix")
+    assert choice.best is None
+    assert choice.reason.endswith("; no method was measured that lets tokens go for use='prefix'")
+
+
+def test_generate_lets_tokens_go(kept):
+    model, ids = tiny_llama(max_position_embeddings=4096), prompt(3000)
+    least = kvplug.estimate("int4", model.config, context=3010)
+    out = model.generate(
+        ids,
+        cache_implementation=f"auto(budget='{least // 2}', use='prompt', drift='medium')",
+        max_new_tokens=10,
+        return_dict_in_generate=True,
+    )
+    cache = output_cache(out)
+    assert cache.strategy == kvplug.parse("snapkv(budget=376)+int4")
+    assert cache.stats()["chosen"].startswith("snapkv(budget=376)+int4: ")
+    assert cache.nbytes() < least // 2
 
 
 def test_generate(caplog):
@@ -142,6 +197,7 @@ def test_arguments_by_name_and_refusal_before_the_model_runs():
     [
         ("auto(budget='4 elephants')", "'4 elephants' is no size of memory"),
         ("auto(drift='some')", "drift must be one of 'none', 'low', 'medium'"),
+        ("auto(use='chat')", "use must be one of 'prompt', 'prefix', 'stream'"),
         ("auto(bugdet='4GiB')", "unknown argument of 'auto': 'bugdet'. Did you mean 'budget'?"),
     ],
 )
@@ -165,7 +221,7 @@ def test_a_gpu_has_the_memory_of_the_cpu_beside(monkeypatch):
     """What is exact there comes after the codecs that are allowed on the device."""
     left = {"cuda": bytes_of("2GiB"), "cpu": bytes_of("64GiB")}
     monkeypatch.setattr(memory, "free", lambda device: left[device.type])
-    config = PUBLIC["Llama-3.1-8B"]
+    config = public("llama-8b")
     ask = {"context": 65_536, "device": "cuda"}
     assert best(kvplug.recommend(config, **ask)) == "host"
     assert best(kvplug.recommend(config, **ask, budget="5GiB", drift="low")) == "int8"
@@ -186,7 +242,7 @@ def test_free_memory_minds_the_container(tmp_path, monkeypatch):
 
 
 def test_only_measured_codecs_are_candidates():
-    kl = choose.front()["kl"]
+    kl = measured.front()["kl"]
     assert set(kl) <= set(kvplug.available()["codec"])
     assert all(0 < x <= ALLOWED["medium"] for x in kl.values())
     assert min(kl.values()) <= ALLOWED["low"]
@@ -197,8 +253,8 @@ def test_command(tmp_path, capsys):
     arguments = ["recommend", "--model", str(tmp_path), "--context", "1000"]
     assert main([*arguments, "--memory", "1GiB"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].split() == ["strategy", "holds", "KL"]
-    assert re.match(r"growing +\d+\.\d KiB  0.00000  chosen$", lines[1])
+    assert lines[0].split() == ["strategy", "holds", "loses"]
+    assert re.match(r"growing +\d+\.\d KiB  KL 0.00000  chosen$", lines[1])
     assert lines[2].endswith("drift='none' does not allow it")
     assert lines[-1].startswith("growing: ")
     assert main([*arguments, "--memory", "1kB"]) == 2

@@ -17,10 +17,10 @@ if TYPE_CHECKING:
 
 def timed(device: torch.device, call: Callable[[], Any]) -> float:
     """Return the seconds of one call, until the device is done."""
-    _wait(device)
+    wait(device)
     start = time.perf_counter()
     call()
-    _wait(device)
+    wait(device)
     return time.perf_counter() - start
 
 
@@ -29,16 +29,17 @@ def step(
     model: PreTrainedModel, cache: Cache | None, tokens: torch.Tensor
 ) -> tuple[torch.Tensor, float]:
     """Feed tokens [B, S]; return the most likely next one [B, 1] and the seconds it took."""
-    _wait(model.device)
+    wait(model.device)
     start = time.perf_counter()
     out = model(
         input_ids=tokens, **cache_argument(cache), use_cache=cache is not None, logits_to_keep=1
     )
     token = out.logits[:, -1].argmax(-1, keepdim=True)
-    _wait(model.device)
+    wait(model.device)
     return token, time.perf_counter() - start
 
 
-def _wait(device: torch.device) -> None:
+def wait(device: torch.device) -> None:
+    """Return once the device has done what it was given."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)

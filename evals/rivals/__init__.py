@@ -4,7 +4,11 @@ A module called `<who>_<what>` is the row `<who>:<what>`. It says in its docstri
 is, and has one function, `build(config, max_cache_len) -> Cache`. Imports that are optional belong
 inside that function, so that a rival that is not installed is a row that says so.
 
-A file here is one. So is a module of another distribution under the entry point `<who>_<what>`.
+What is no cache, and cannot run beside kvplug, has `answers(model, prompt, asks)` in its place:
+suite `retrieval` asks it, with `prompt` and `asks` as `_kvpress_worker.py` explains.
+
+A file here whose name does not begin with `_` is one. So is a module of another distribution under
+the entry point `<who>_<what>`.
 """
 
 from __future__ import annotations
@@ -21,7 +25,8 @@ def modules() -> dict[str, str]:
 
     An entry point whose name is taken, or is none that a row can have, is left out with a warning.
     """
-    found = {file.name: f"{__name__}.{file.name}" for file in pkgutil.iter_modules(__path__)}
+    files = (file.name for file in pkgutil.iter_modules(__path__))
+    found = {name: f"{__name__}.{name}" for name in files if not name.startswith("_")}
     for entry in entry_points(group=GROUP):
         who, _, what = entry.name.partition("_")
         if found.get(entry.name, entry.value) != entry.value:

@@ -103,6 +103,10 @@ METRICS = {
     "retrieval_greedy": Metric(
         "1", "higher", "share of hidden words that are what greedy decoding says"
     ),
+    "choosing_prefill": Metric(
+        "%", "lower", "of the time of prefill, spent on choosing which tokens stay"
+    ),
+    "choosing_decode": Metric("%", "lower", "the same of the time of decode steps"),
     "generate": Metric("s", "lower", "all tokens of an answer, one by one after a short prompt"),
     "cache_gain": Metric("x", "higher", "times as fast as no cache, which recomputes every token"),
     "exponent": Metric("1", "lower", "slope of log time over log length, least squares"),

@@ -47,11 +47,21 @@ def spread(row: Row, exact: Row | None) -> str:
 
 
 def share(row: Row, exact: Row | None) -> str:
-    """A share of n yes-or-no answers, and its 95 % interval (Wilson, 1927)."""
-    p, n, z = row["value"], row["n"], 1.96
+    """A share of yes-or-no answers, and its interval."""
+    low, high = interval(row["value"], row["n"])
+    return f"{row['value']:.2f} ({low:.2f}-{high:.2f})"
+
+
+def interval(p: float, n: int) -> tuple[float, float]:
+    """Return the 95 % interval of a share p of n yes-or-no answers (Wilson, 1927).
+
+    >>> [round(x, 3) for x in interval(0.5, 10)]
+    [0.237, 0.763]
+    """
+    z = 1.96
     middle, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + (z / (2 * n)) ** 2)
     low, high = (max(0.0, middle + side) / (1 + z * z / n) for side in (-half, half))
-    return f"{p:.2f} ({low:.2f}-{high:.2f})"
+    return low, high
 
 
 # How a metric is shown, and under which head.
@@ -71,6 +81,8 @@ COLUMNS: dict[str, tuple[str, Show]] = {
     "encode": ("added, ms (p20-p80)", spread),
     "encode_share": ("of prefill, %", number(1)),
     "decode": ("decode, ms/token (p20-p80)", spread),
+    "choosing_prefill": ("choosing, % of prefill (p20-p80)", spread),
+    "choosing_decode": ("choosing, % of decode (p20-p80)", spread),
     "perplexity": ("perplexity", number(4)),
     "perplexity_delta": ("Δ perplexity, %", number(2, "+")),
     "kl": ("KL, nat", number(6)),

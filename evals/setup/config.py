@@ -44,7 +44,8 @@ class Config:
     model: str = setting(
         "packaged",
         "packaged (SmolLM2-135M-Instruct), a Hub id, a local folder; or a real model's sizes with "
-        "random weights, for speed and memory: shape:llama-1b, shape:llama-8b",
+        "random weights, for speed and memory: shape:llama-1b, shape:llama-8b, shape:qwen3-8b, "
+        "shape:mistral-7b, shape:gemma3-4b, shape:smollm2-1.7b",
     )
     dataset: str | None = setting(
         None,

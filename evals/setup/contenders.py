@@ -16,7 +16,7 @@ from kvplug.spec import parse
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from transformers import Cache, PreTrainedConfig
+    from transformers import Cache, PreTrainedConfig, PreTrainedModel
 
 EXACT = "transformers:dynamic"  # what others are compared to, and the first row of most runs
 # Names that both libraries have: which one a bare name means here.
@@ -63,6 +63,21 @@ class Rival(Contender):
         return cache_argument(self.build(config, max_cache_len))
 
 
+@dataclass(frozen=True)
+class Outside(Rival):
+    """A method from elsewhere that is no cache: it answers, in an environment of its own."""
+
+    def build(self, config: PreTrainedConfig, max_cache_len: int) -> Cache:
+        """Raise a `ConfigError`: there is none to be built."""
+        raise ConfigError(f"{self.name} is no cache: only suite 'retrieval' measures it")
+
+    def answers(
+        self, model: PreTrainedModel, prompt: list[int], asks: list[dict[str, Any]]
+    ) -> dict[str, Any]:
+        """Return what it found: see `evals/rivals/__init__.py`."""
+        return import_module(self.module).answers(model, prompt, asks)
+
+
 def file_name(name: str) -> str:
     """Return a contender's name as a file may be called, unlike any other's.
 
@@ -78,7 +93,7 @@ def resolve(names: Iterable[str]) -> list[Contender]:
     found: dict[str, Contender] = {EXACT: Rival(EXACT, known[EXACT])}
     for name in (BARE.get(name, name) for name in names):
         if name in known:
-            found[name] = Rival(name, known[name])
+            found[name] = _rival(name, known[name])
         elif name.split(":")[0] in {rival.split(":")[0] for rival in known}:
             raise ConfigError(unknown("rival", name, list(known)))
         else:
@@ -90,3 +105,12 @@ def resolve(names: Iterable[str]) -> list[Contender]:
                 ) from error
             found[name] = Contender(name)
     return list(found.values())
+
+
+def _rival(name: str, module: str) -> Rival:
+    """Return the row of a module; one that cannot be imported will say so itself."""
+    try:
+        is_cache = hasattr(import_module(module), "build")
+    except ImportError:
+        is_cache = True
+    return (Rival if is_cache else Outside)(name, module)

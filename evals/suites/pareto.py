@@ -25,7 +25,7 @@ from evals.rows.schema import at, measured
 from evals.rows.tables import by_strategy
 from evals.rows.task import Task
 from evals.setup.config import ConfigError
-from evals.setup.contenders import file_name
+from evals.setup.contenders import Outside, file_name, resolve
 from evals.setup.model import positions
 from evals.suites import drift, retrieval
 from kvplug.errors import MissingExtra
@@ -68,8 +68,9 @@ def strategies() -> tuple[str, ...]:
         for f in fields(codec):
             others = f.metadata.get("choices") or () if f.name == "bits" else ()
             made += [f"{name}(bits={n})" for n in others if n != f.default]
-    others = (name for name in rivals.modules() if not name.startswith("transformers:"))
-    return (*made, *QUANTIZE, *others)
+    others = resolve(name for name in rivals.modules() if not name.startswith("transformers:"))
+    caches = (other.name for other in others[1:] if not isinstance(other, Outside))
+    return (*made, *QUANTIZE, *caches)
 
 
 DEFAULTS: dict[str, Any] = {

@@ -1,10 +1,10 @@
 """Whether words hidden in a long text are found, asked for in the prompt and only after it.
 
 Each text has a needle at every depth, and each is asked for. **Asked in the prompt**: the text and
-the question are one prompt, read in one forward as `generate` does, and what retention drops goes
-then. **After it**: the text alone is that prompt, and each question comes to a copy of what the
-cache holds by then, so that no answer helps with the next. Either way the beginning of the answer
-is fed behind, and what it ends with can only be known from what the cache gives back.
+the question are one prompt, as in `generate`, and what retention drops goes when it has been read.
+**After it**: the text alone is that prompt, and each question comes to a copy of what the cache
+holds by then, so that no answer helps with the next. Either way the beginning of the answer is fed
+behind, and what it ends with can only be known from what the cache gives back.
 """
 
 from __future__ import annotations
@@ -15,13 +15,15 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
+import kvplug
 from evals.measure.memory import account
 from evals.measure.needles import CHOICES, TEMPLATES, Haystack
 from evals.rows.schema import at, measured
 from evals.rows.tables import by_strategy
 from evals.rows.task import Task
-from evals.setup.contenders import file_name
+from evals.setup.contenders import EXACT, Outside, file_name
 from kvplug.compat import cache_argument
+from kvplug.retention.base import Scored
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -85,7 +87,7 @@ def tasks(session: Session) -> Iterator[Task]:
 
 def seconds(session: Session, contender: Contender, length: int) -> float:
     """Predict the time of one contender at one length."""
-    texts = session.config.trials * (len(DEPTHS) + 1)
+    texts = session.config.trials * ((1 if waits(contender) else len(DEPTHS)) + 1)
     return texts * (
         session.predict.answer(contender, 1, length, 0) + session.machine.prefill(ANSWER)
     )
@@ -122,35 +124,70 @@ def measure(
 
 
 def asked(session: Session, contender: Contender, trial: Trial, length: int) -> Iterator[Answer]:
-    """Yield what comes of each question at the end of a prompt of its own."""
+    """Yield what comes of each question at the end of a prompt of its own.
+
+    Who leaves a text as it is until the question has come reads it once for all of them.
+    """
+    text = None
+    if waits(contender):
+        text = contender.build(session.model.config, length)
+        prompt(session, text, trial.context, len(trial.context) + 1)
     for question in trial.questions:
-        cache = contender.build(session.model.config, length)
-        prompt(session, cache, trial.context + question.tokens)
-        told = account(cache)
-        yield answered(feed(session, cache, question.lead), question, told)
+        whole = trial.context + question.tokens
+        asks = [(question, question.lead)]
+        yield from answered(session, contender, whole, asks, length, text)
 
 
 def answers(session: Session, contender: Contender, trial: Trial, length: int) -> Iterator[Answer]:
     """Yield what comes of each question after the text, each to the same cache."""
-    cache = contender.build(session.model.config, length)
-    prompt(session, cache, trial.context)
+    asks = [(question, question.tokens + question.lead) for question in trial.questions]
+    yield from answered(session, contender, trial.context, asks, length)
+
+
+def waits(contender: Contender) -> bool:
+    """Whether a cache leaves a prompt as it is until the end of it has come."""
+    if ":" in contender.name:
+        return contender.name == EXACT
+    retention = kvplug.parse(contender.name).retention
+    return isinstance(retention, Scored) and retention.for_question
+
+
+def answered(
+    session: Session,
+    contender: Contender,
+    text: list[int],
+    asks: list[tuple[Question, list[int]]],
+    length: int,
+    begun: Cache | None = None,
+) -> Iterator[Answer]:
+    """Yield what comes of each question, with the tokens that are fed behind a text to ask it.
+
+    begun: what has read the text so far that it has, to be copied
+    """
+    if isinstance(contender, Outside):
+        behind = [{"more": tokens, "choices": one.choices} for one, tokens in asks]
+        told = contender.answers(session.model, text, behind)
+        for (question, _), found in zip(asks, told.pop("answers"), strict=True):
+            yield Answer(question.depth, found["listed"], found["greedy"], told)
+        return
+    cache = copy.deepcopy(begun)
+    if cache is None:
+        cache = contender.build(session.model.config, length)
+    prompt(session, cache, text[cache.get_seq_length() :], len(text))
     told = account(cache)
-    for question in trial.questions:
-        logits = feed(session, copy.deepcopy(cache), question.tokens + question.lead)
-        yield answered(logits, question, told)
+    for question, tokens in asks:
+        logits = feed(session, copy.deepcopy(cache), tokens)
+        right, *wrong = question.choices
+        listed = bool(logits[right] > logits[wrong].max())  # a tie, or no number, is a miss
+        yield Answer(question.depth, listed, int(logits.argmax()) == right, told)
 
 
-def answered(logits: torch.Tensor, question: Question, told: dict[str, Any]) -> Answer:
-    """Return what logits [V] say; a tie, or no number at all, is a miss."""
-    right, *wrong = question.choices
-    listed = bool(logits[right] > logits[wrong].max())
-    return Answer(question.depth, listed, int(logits.argmax()) == right, told)
-
-
-def prompt(session: Session, cache: Cache, tokens: list[int]) -> None:
-    """Have a cache take in a prompt, as `generate` does."""
+def prompt(session: Session, cache: Cache, tokens: list[int], length: int) -> None:
+    """Have a cache take in a prompt of so many tokens, or the next ones of it, as `generate`
+    does.
+    """
     if hasattr(cache, "expect"):
-        cache.expect(len(tokens))
+        cache.expect(length)
     feed(session, cache, tokens)
 
 

@@ -13,7 +13,7 @@ def small(monkeypatch):
     tiny = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
     tiny |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
     monkeypatch.setitem(shapes.SHAPES, "tiny", tiny)
-    monkeypatch.setattr(shapes, "COMMON", {"vocab_size": 300})
+    monkeypatch.setitem(shapes.COMMON, "vocab_size", 300)
 
 
 def test_the_same_weights_every_time(small):

@@ -10,7 +10,7 @@ import torch
 
 from evals.measure.needles import CHOICES, Haystack
 from evals.rows.tables import share
-from evals.setup.contenders import Contender
+from evals.setup.contenders import EXACT, Contender, resolve
 from evals.suites import retrieval
 
 pytestmark = pytest.mark.usefixtures("offline")
@@ -53,8 +53,28 @@ def test_one_who_reads_finds_all_and_one_who_guesses_does_not(session, words, mo
 def test_a_prompt_is_read_whole_before_anything_goes(session):
     contender = Contender("snapkv(budget=40, every=8, window=8)")
     cache = contender.build(session.model.config, 200)
-    retrieval.prompt(session, cache, list(range(100)))
+    retrieval.prompt(session, cache, list(range(100)), 100)
     assert (cache.held(), cache.get_seq_length()) == (40, 100)
+
+
+@pytest.mark.parametrize(
+    "spec", [EXACT, "snapkv(budget=60, every=32, window=8)", "snapkv(budget=60, window=8)+int4"]
+)
+def test_a_text_that_is_read_once_for_all_questions_answers_as_whole_prompts_do(spec, session):
+    (*_, contender) = resolve([spec])
+    assert retrieval.waits(contender)
+    trial = Haystack(session).trial(200, retrieval.DEPTHS, 0)
+    together = list(retrieval.asked(session, contender, trial, 200))
+    for question, answer in zip(trial.questions, together, strict=True):
+        prompt, asks = trial.context + question.tokens, [(question, question.lead)]
+        (alone,) = retrieval.answered(session, contender, prompt, asks, 200)
+        assert answer[:3] == alone[:3]
+        assert answer.told.get("retention") == alone.told.get("retention")
+
+
+def test_who_drops_or_encodes_before_the_question_reads_each_prompt():
+    names = ("int4", "window(length=64)", "expected(budget=90)", "transformers:quantized")
+    assert not any(retrieval.waits(one) for one in resolve(names)[1:])
 
 
 def test_questions_after_a_text_do_not_help_each_other(session):
