@@ -162,8 +162,11 @@ def test_what_failed_is_tried_again(drift, tmp_path, console, add_rival, monkeyp
     assert names[:3] == ["transformers:dynamic", "flaky:cache", "growing"], "in order all the same"
 
 
-def test_killed_at_twenty_random_moments_and_resumed(drift, tmp_path, console, unbroken):
-    """Real SIGKILLs, wherever the run happens to be."""
+def test_killed_at_twenty_random_moments_and_resumed(
+    drift, tmp_path, console, unbroken, monkeypatch
+):
+    """Real SIGKILLs, wherever the run happens to be while it measures."""
+    monkeypatch.setattr("evals.run.render", lambda *_: True)
     out = tmp_path / "killed"
     script = [sys.executable, tiny_run.__file__, drift.dataset, str(out), "20", "0"]
     done = subprocess.run(script, check=True, capture_output=True, text=True, timeout=170)
