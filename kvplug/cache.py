@@ -70,12 +70,18 @@ class Cache(transformers.Cache):
         """What ran: calls per kernel, dense copies by cause, blocks encoded; and the full spec.
 
         `blocks_for_queries`: those of them whose keys were rounded for queries of attention.
-        `chosen`: why `auto` took it; None where the caller has named it. `retention`, of methods
-        that choose by content: the `budget`, the `evictions` of a layer, and the tokens `asked` and
-        `kept` by layer and head (None of a layer that chooses nothing). `reused_tokens`: those of
-        all rows that came from a store.
+        `widened`: codecs that layers have for keys that need more bits than were asked for, with
+        the numbers of these layers. `chosen`: why `auto` took it; None where the caller has named
+        it. `retention`, of methods that choose by content: the `budget`, the `evictions` of a
+        layer, and the tokens `asked` and `kept` by layer and head (None of a layer that chooses
+        nothing). `reused_tokens`: those of all rows that came from a store.
         """
         told = {"strategy": repr(self.strategy), "chosen": self.chosen} | self._stats.as_dict()
+        told["widened"] = {}
+        for i, layer in enumerate(self.layers):
+            if isinstance(layer, AttentionLayer):
+                for codec in layer.codecs() - {layer.slot.strategy.codec}:
+                    told["widened"].setdefault(str(codec), []).append(i)
         told["reused_tokens"] = self.reused_tokens
         if isinstance(self.strategy.retention, Scored):
             ours = [x if isinstance(x, AttentionLayer) else None for x in self.layers]

@@ -142,7 +142,13 @@ def fill(
             filled[row] = cache if len(own) == 1 else _twin(cache)
             plan.fill(filled[row], row, config, kwargs, prefill)
     if len(own) > 1:
-        _stack(cache, [filled[row] for row in own])
+        twins = [filled[row] for row in own]
+        if len({tuple(x.strategy.codec for x in twin.layers) for twin in twins}) > 1:
+            cache.set_padding(shown)
+            cache.reused_tokens = 0
+            fall_back(reuse, "rows whose keys want different widths")
+            return ids
+        _stack(cache, twins)
     return _behind(n, rows, ids, kwargs)[:, n:]
 
 

@@ -7,6 +7,7 @@ from collections import Counter
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from .codecs.base import Codec
     from .retention.base import Retention
 
 logger = logging.getLogger("kvplug")
@@ -20,6 +21,7 @@ class Stats:
         self.materialised: Counter[str] = Counter()
         self.blocks_encoded = 0
         self.blocks_for_queries = 0  # of these: keys rounded for the queries that attention showed
+        self.widened = False  # whether some layer has had more bits than were asked for
         self.other_questions = 0  # prompts given to what had been chosen for an earlier one
 
     def materialise(self, reason: str) -> None:
@@ -31,6 +33,18 @@ class Stats:
                 reason,
             )
         self.materialised[reason] += 1
+
+    def widen(self, codec: Codec, given: Codec) -> None:
+        """Say once that a layer's keys get more bits than were asked for."""
+        if not self.widened:
+            logger.warning(
+                "kvplug: keys of this model swing within a block, as a large bias that positions "
+                "turn makes them, and %s has too few bits for that: such layers get %s; "
+                "stats()['widened'] says which, and strict=True refuses",
+                given,
+                codec,
+            )
+        self.widened = True
 
     def ask_again(self, retention: Retention) -> None:
         """Count a prompt for which retention did not choose what is held; say so once."""

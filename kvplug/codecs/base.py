@@ -86,6 +86,19 @@ class Codec(Stage):
         """
         return [self] * len(layers)
 
+    def fitting(self, keys: Tensor) -> Codec:
+        """What serves a layer whose first blocks hold such keys [B, H, N, block, Dk].
+
+        Itself, or one that differs in its widths alone.
+
+        Raises SpecError where such keys are refused.
+        """
+        return self
+
+    def that_made(self, data: Encoded) -> Codec:
+        """The one of those that `fitting` gives which has encoded these blocks."""
+        return self
+
     def encode_keys(self, keys: Tensor, moment: Tensor) -> Encoded:
         """`encode_side` of keys for queries of this second moment, of a codec with `feedback`.
 

@@ -17,6 +17,7 @@ from . import widths
 from .base import Codec, Encoded
 from .feedback import round_keys, turned
 from .formats import LEVELS, PLANES, WIDTHS, decode_rotated, levels, unpack
+from .guard import swings
 from .hadamard import spreader
 from .quantize import group_of, half_step, pack, quantize
 
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 # the largest number that a code of so many bits means, of the root mean square of values that are
 # normal (Max, 1960); with more bits nothing is cut off
 LARGEST = {2: 1.494, 3: 2.05, 4: 2.51}
+JUDGED = 4  # blocks that say whether keys swing
 LOST = 2.0**-18  # of a number, by turning it in float32, there and back
 
 
@@ -71,6 +73,10 @@ class Rotated(Codec):
         None, "file of `kvplug calibrate`: widths by layer, as many bits in all", passing=True
     )
 
+    strict: bool = option(
+        False, "refuse keys that need more bits, rather than give them", passing=True
+    )
+
     @cached_property  # asked in every call of a kernel
     def format(self) -> str:
         return "rotated" if {self.k_bits, self.v_bits} <= set(WIDTHS) else "rotated_planes"
@@ -93,6 +99,27 @@ class Rotated(Codec):
         return [
             Rotated(**given | {"k_bits": k, "v_bits": v}) for k, v in (x or rest for x in found)
         ]
+
+    def fitting(self, keys: Tensor) -> Codec:
+        """With keys of 8 bits, where `guard.swings` says so."""
+        if self.k_bits == 8 or not swings(_turn(keys[:, :, :JUDGED])):
+            return self
+        wide = self._wide(8)
+        if self.strict:
+            raise SpecError(
+                f"{self}: keys of this model swing within a block, as a large bias that positions "
+                f"turn makes them; {self.k_bits} bits are too few: use {str(wide)!r}, or leave out "
+                "strict"
+            )
+        return wide
+
+    def that_made(self, data: Encoded) -> Codec:
+        return self._wide(data["k_codes"].shape[-1] * 8 // self.block)
+
+    def _wide(self, k_bits: int) -> Codec:
+        if k_bits == self.k_bits:
+            return self
+        return Rotated(**dataclasses.asdict(self) | {"k_bits": k_bits})
 
     @property
     def feedback(self) -> bool:

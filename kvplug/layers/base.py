@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from ..codecs.base import Encoded
+    from ..codecs.base import Codec, Encoded
     from ..placement.base import Place
     from ..spec import Strategy
     from ..stats import Stats
@@ -107,6 +107,18 @@ class AttentionLayer(RowOperations):
         whole = self.slot.strategy.with_room(limit)
         self.slot = dataclasses.replace(self.slot, strategy=whole)  # what copies are built from
         self.strategy = self.strategy.with_room(limit)
+
+    def codecs(self) -> set[Codec]:
+        """What encodes: one codec, or of a layer in groups of heads each group's."""
+        return {self.strategy.codec}
+
+    def _take(self, codec: Codec) -> None:
+        """Encode by this one, of those that the layer's own gives, from the first block on."""
+        own = self.slot.strategy.codec
+        if codec != self.strategy.codec:
+            self.strategy = self.strategy.replace(codec=codec)
+            if codec != own:
+                self.slot.stats.widen(codec, own)
 
     def encoded(self) -> tuple[int, int, Encoded | None]:
         """The first column that lies in a block, the first after these, and the blocks."""

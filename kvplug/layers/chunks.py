@@ -54,10 +54,15 @@ class Chunked(Columns):
             after = {name: x.flatten(2, 3).to(device) for name, x in pair}
             tail, blocks = {name: torch.cat((tail[name], after[name]), 2) for name in "kv"}, {}
         self.tail.load(tail)
-        self.blocks.load(blocks)
+        self._load_blocks(blocks)
         self._load_first_tokens(whole, device)
         self.seen = end
         self._evict()
+
+    def _load_blocks(self, blocks: dict[str, Tensor]) -> None:
+        if blocks:
+            self._take(self.slot.strategy.codec.that_made(blocks))
+        self.blocks.load(blocks)
 
     def _first_tokens(self) -> dict[str, Tensor | None]:
         return {} if self.sinks is None else {"k": self.sinks.keys, "v": self.sinks.values}

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from ..codecs.base import Codec
     from .base import Slot
     from .state import State
 
@@ -55,6 +56,7 @@ class Layer(Chunked, CacheLayerMixin):
 
     def _forget(self) -> None:
         self.is_initialized = self.record_past = False
+        self._take(self.slot.strategy.codec)
         self.seen = 0
         self._unseen = 0  # new tokens whose queries are waited for: attention has yet to show them
         self._fetched: dict[str, Tensor] | None = None  # blocks under way to the device
@@ -294,11 +296,16 @@ class Layer(Chunked, CacheLayerMixin):
         if tail := rows(state, "tail"):
             self.lazy_initialization(tail["k"], tail["v"])
             self.tail.load(tail)
-            self.blocks.load(rows(state, "blocks"))
+            self._load_blocks(rows(state, "blocks"))
             self._load_first_tokens(state, self.device)
         self.seen, self.record_past = state["seen"], state["record_past"]
 
     # --- encoding, dropping, taking back
+
+    def _take(self, codec: Codec) -> None:
+        if codec != self.strategy.codec and self.is_initialized:
+            self.kernel = self.strategy.kernel.resolve(codec, self.device, self.dtype)
+        super()._take(codec)
 
     def _settle(self, tail: int | None = None, queries: Tensor | None = None) -> None:
         """Drop what no later query can see, then encode and place the blocks the tail can spare.
@@ -311,9 +318,12 @@ class Layer(Chunked, CacheLayerMixin):
         self._evict()
         front, n = self._due(tail)
         if n > 0:
-            moment = self._moment(queries) if queries is not None and codec.feedback else None
             rows = self.tail.read(front, front + n * codec.block)
             keys, values = (rows[x].unflatten(2, (n, codec.block)) for x in ("k", "v"))
+            if not self.blocks.tensors:
+                codec = self.slot.strategy.codec.fitting(keys)
+                self._take(codec)
+            moment = self._moment(queries) if queries is not None and codec.feedback else None
             self.blocks.append(codec.encode(keys, values, moment))
             self.tail.drop_first(front + n * codec.block)
             self.stats.blocks_encoded += n

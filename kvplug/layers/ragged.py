@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from ..attention.stored import Stored
+    from ..codecs.base import Codec
     from .base import Slot
     from .state import State
 
@@ -115,6 +116,9 @@ class RaggedLayer(AttentionLayer, CacheLayerMixin):
     def expect(self, tokens: int) -> None:
         for x in self.parts:
             x.expect(tokens)
+
+    def codecs(self) -> set[Codec]:
+        return {x.strategy.codec for x in self.parts}
 
     def prefetch(self) -> None:
         for x in self.parts:

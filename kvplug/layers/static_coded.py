@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -58,6 +58,17 @@ class StaticCodedLayer(StaticLayer):
     def is_compileable(self) -> bool:
         """Not while the past is recorded."""
         return not self.record_past
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """As `StaticLayer.update`; room is reserved for the codec that a prompt's keys want."""
+        if not self.is_initialized and not torch.compiler.is_compiling():
+            codec, F = self.strategy.codec, self.first
+            if n := max(0, key_states.shape[2] - F - codec.tail) // codec.block:
+                keys = key_states[:, :, F : F + n * codec.block].unflatten(2, (n, codec.block))
+                self._take(codec.fitting(keys))
+        return super().update(key_states, value_states, *args, **kwargs)
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Reserve the room; key_states [B, H, S, Dk], value_states [B, H, S, Dv]."""
@@ -192,9 +203,10 @@ class StaticCodedLayer(StaticLayer):
         self.record_past = state["record_past"]
         tail = list(rows(state, "tail").values())
         if tail:
+            blocks = rows(state, "blocks")
+            self._take(self.slot.strategy.codec.that_made(blocks))
             with lasting():
                 self.lazy_initialization(*tail)
-            blocks = rows(state, "blocks")
             for name, x in blocks.items():
                 self.blocks[name][:, :, : x.shape[2]] = x
                 self.block_count.fill_(x.shape[2])
