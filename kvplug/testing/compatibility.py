@@ -32,6 +32,13 @@ MEANING = {
     "crashed": "any other error",
     "wrong": "anything else",
 }
+BESIDE = """## Beside the table
+
+What takes long, or has one answer for all architectures, is tested once: `flex_attention`,
+`torch.compile` of a whole model and a cache sent to another process (tests/test_architectures.py),
+two threads with two strategies on one model (tests/test_long_life.py), float64
+(tests/test_layer.py), peft adapters switched between calls and weights on CPU and disk
+(examples/switch_adapters.py and spread_weights.py, which tests/test_examples.py runs)."""
 
 
 def document(results: list[Result], seconds: float) -> str:
@@ -43,6 +50,7 @@ def document(results: list[Result], seconds: float) -> str:
         _by_architecture(results, notes),
         notes.text("refused", "What is refused", "R"),
         notes.text("n/a", "What transformers itself cannot do, and calls that there are not", ""),
+        BESIDE,
         _cells(results),
     ]
     for outcome in ("crashed", "wrong"):
