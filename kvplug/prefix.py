@@ -41,6 +41,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger("kvplug")
 
 CHUNK = 256  # tokens; rounded up to whole blocks of every layer
+WAITING = 2  # chunks that are computed and not written yet: the next one waits
 OPTIONS = ("store", "salt", "chunk", "verify", "model_id")
 VERIFY = ("sampled", "full")
 # what a model may be given beside ids and cache: anything else may change keys and values
@@ -251,16 +252,19 @@ class _Plan:
         keys = stores.keys.chain(begin[0] if begin else self.root, row[self.first :], self.chunk)
         done = self._load(own, keys)
         ids = torch.tensor([row], device=self.model.device)
-        for i in range(done, len(keys)):
-            a, b = self.end(i) if i else 0, self.end(i + 1)
-            of_chunk = dict(kwargs) | {"attention_mask": torch.ones_like(ids[:, :b])}
-            compat.put_cache(of_chunk, self.cache, own)
-            if kwargs.get("position_ids") is not None:
-                of_chunk["position_ids"] = torch.arange(a, b, device=ids.device)[None]
-            prefill(ids[:, a:b], config, of_chunk)
-            for layer in own.layers:
-                layer.seal()
-            self.reuse.store.save([keys[i]], [chunk_of(own, a, b)], after=keys[:i])
+        with stores.behind(self.reuse.store.save, WAITING) as save:
+            for i in range(done, len(keys)):
+                a, b = self.end(i) if i else 0, self.end(i + 1)
+                of_chunk = dict(kwargs) | {"attention_mask": torch.ones_like(ids[:, :b])}
+                compat.put_cache(of_chunk, self.cache, own)
+                if kwargs.get("position_ids") is not None:
+                    of_chunk["position_ids"] = torch.arange(a, b, device=ids.device)[None]
+                if "logits_to_keep" in kwargs:  # of which a chunk needs none
+                    of_chunk["logits_to_keep"] = torch.arange(0, device=ids.device)
+                prefill(ids[:, a:b], config, of_chunk)
+                for layer in own.layers:
+                    layer.seal()
+                save([keys[i]], [chunk_of(own, a, b)], after=keys[:i])
 
     def _load(self, own: Cache, keys: list[bytes]) -> int:
         """Fill an empty cache with the chunks that are stored; how many."""

@@ -5,10 +5,11 @@ import warnings
 
 import pytest
 import torch
-from transformers import LogitsProcessor, LogitsProcessorList
+from asked import answer, equal, rows
 
 import kvplug
 from kvplug.compat import cache_argument, output_cache
+from kvplug.store import record
 from kvplug.testing.architectures import make
 from kvplug.testing.pairs import pairwise
 from kvplug.testing.tools import left_padded, prompt, same, tiny_llama
@@ -25,38 +26,6 @@ BATCHES = {
 PAIRS = pairwise(
     {"batch": [*BATCHES], "codec": CODECS, "place": PLACES, "kind": ["memory", "file"]}
 )
-
-
-class Seen(LogitsProcessor):
-    """Keeps the scores of each step, without the cache that `return_dict_in_generate` returns."""
-
-    def __init__(self):
-        self.scores = []
-
-    def __call__(self, input_ids, scores):
-        self.scores.append(scores.clone())
-        return scores
-
-
-def answer(model, inputs, spec=None, store=None, **kwargs):
-    """Tokens and scores of one call."""
-    seen, config = Seen(), None if store is None else {"chunk": 16, **store}
-    tokens = model.generate(
-        **inputs,
-        **{"max_new_tokens": 6, "do_sample": False} | kwargs,
-        cache_implementation=spec,
-        cache_config=config,
-        logits_processor=LogitsProcessorList([seen]),
-    )
-    return tokens, torch.stack(seen.scores)
-
-
-def equal(a, b):
-    return all(same(x, y) for x, y in zip(a, b, strict=True))
-
-
-def rows(*lengths):
-    return left_padded([prompt(n, seed=n)[0] for n in lengths])
 
 
 def a_url(kind, folder):
@@ -261,8 +230,33 @@ def mutated(data, n):
     return bytes(data)
 
 
+def strangers(inputs, spec, told):
+    """Whole records of the same chunks: of other models, tenants, codecs, lengths, versions."""
+    model = tiny_llama(num_hidden_layers=1)
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.weight.mul_(1.25)
+    found = []
+    for other, its_spec, option in (
+        (model, spec, {}),
+        (tiny_llama(num_hidden_layers=1, rope_theta=7.0), spec, {}),
+        (tiny_llama(num_hidden_layers=1), spec, {"salt": "tenant-2"}),
+        (tiny_llama(num_hidden_layers=1), "int4(block=8)", {}),
+        (tiny_llama(num_hidden_layers=1), spec, {"chunk": 8}),
+    ):
+        store = kvplug.Store("memory://")
+        answer(other, inputs, its_spec, told | {"store": store} | option)
+        found += whole_records(store).values()
+    magic = len(record.MAGIC)
+    newer = [record.MAGIC[:-1] + b"\x02" + x[magic:] for x in found[:2]]
+    return found + newer
+
+
+def whole_records(store):
+    return {e.key: bytes(next(iter(store._backend.get_many([e.key])))) for e in store.entries()}
+
+
 def test_a_thousand_bad_records(tmp_path):
-    """Bits, truncation, records under each other's names: never a wrong answer, never an error."""
+    """Bits, truncation, whole records of others: never a wrong answer, never an error."""
     model, inputs, spec = tiny_llama(num_hidden_layers=1), rows(37), "int8(block=8)"
     store = kvplug.Store(tmp_path.as_uri())
     told = {"store": store, "chunk": 16}
@@ -274,12 +268,14 @@ def test_a_thousand_bad_records(tmp_path):
         return out.logits[0]
 
     cold = ask()
-    records = {e.key: store._backend for e in store.entries()}
-    whole = {key: bytes(next(iter(b.get_many([key])))) for key, b in records.items()}
-    keys, wrong, misses = list(whole), 0, 0
+    whole = whole_records(store)
+    others, keys, wrong, misses = strangers(inputs, spec, told), list(whole), 0, 0
     for n in range(1000):
         key = keys[n % 2]
-        bad = whole[keys[1 - n % 2]] if n % 10 == 9 else mutated(whole[key], n)
+        if n % 5 < 4:
+            bad = mutated(whole[key], n)
+        else:
+            bad = (whole[keys[1 - n % 2]], *others)[n // 5 % (1 + len(others))]
         store.delete([key])
         store._backend.put_many([(key, bad)], [])
         before = store.stats()["hits"]
@@ -287,6 +283,7 @@ def test_a_thousand_bad_records(tmp_path):
         misses += store.stats()["hits"] - before < 2
     assert (wrong, misses) == (0, 1000)
     assert same(ask(), cold)
+    assert {"truncated", "version", "key", "checksum"} <= set(store.stats()["misses"])
 
 
 class Broken:

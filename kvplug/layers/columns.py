@@ -172,11 +172,16 @@ class Columns(AttentionLayer):
         return None
 
     def _kernel_reads(self, S: int, stored: Stored) -> bool:
-        """Whether to leave tokens that are all as they came to the kernel, rather than to torch."""
+        """Whether to show tokens that are all as they came by a view, rather than as tensors."""
         if recorded(*stored.tail) or torch.compiler.is_compiling():
             return False  # real tensors for autograd and for the compiler
-        reads = self.kernel.reads_plain if stored.is_plain else self.kernel.reads_sinks
-        return reads(S, stored.length)
+        if not stored.is_plain:
+            return self.kernel.reads_sinks(S, stored.length)
+        if self.kernel.formats is not None and self.device.type == "cpu" and 1 < S < stored.length:
+            # beside a mask transformers repeats heads, a copy of all; a view has them shared. Not
+            # with `reference`, which is chosen where attention wants tensors
+            return True
+        return self.kernel.reads_plain(S, stored.length)
 
     def _read(self, begin: int, end: int, side: int) -> Tensor:
         """Columns begin:end of keys (0) or values (1), decoded, without sinks: [B, H, n, D]."""

@@ -6,6 +6,7 @@ made it, `record.py` turns it into bytes that prove themselves, `backend.py` say
 
 from . import keys
 from .backend import Backend, Entry, Full
+from .behind import behind
 from .store import Store, open
 
-__all__ = ["Backend", "Entry", "Full", "Store", "keys", "open"]
+__all__ = ["Backend", "Entry", "Full", "Store", "behind", "keys", "open"]

@@ -1,44 +1,33 @@
-"""A Redis or Valkey server of the tests' own, on a socket in a folder: no port is taken."""
-
-import shutil
-import subprocess
-import time
+"""Servers of the tests' own: what these packages and programs are not here for is skipped."""
 
 import pytest
 
-SERVER = shutil.which("valkey-server") or shutil.which("redis-server")
+from kvplug.testing.server import NAMES, Server, binary
 
 
-class Server:
-    def __init__(self, folder, binary):
-        redis = pytest.importorskip("redis")
-        self.url = f"unix://{folder}/s"
-        self.process = subprocess.Popen(
-            [binary, "--port", "0", "--unixsocket", f"{folder}/s", "--save", "", "--dir", folder],
-            stdout=subprocess.DEVNULL,
-        )
-        self.client = redis.Redis.from_url(self.url)
-        for _ in range(100):
-            try:
-                self.client.ping()
-                return
-            except redis.exceptions.ConnectionError:
-                time.sleep(0.05)
-        raise RuntimeError(f"{binary} does not answer")
+def started(folder):
+    pytest.importorskip("redis")
+    if binary() is None:
+        pytest.skip(f"none of {', '.join(NAMES)} is installed")
+    return Server(folder)
 
 
 @pytest.fixture(scope="session")
 def server_process(tmp_path_factory):
-    if SERVER is None:
-        pytest.skip("neither valkey-server nor redis-server is installed")
-    server = Server(tmp_path_factory.mktemp("redis"), SERVER)
+    server = started(tmp_path_factory.mktemp("redis"))
     yield server
-    server.client.close()
-    server.process.kill()
-    server.process.wait()
+    server.close()
 
 
 @pytest.fixture
 def server(server_process):
     server_process.client.flushall()
     return server_process
+
+
+@pytest.fixture
+def own_server(tmp_path_factory):
+    """One that may be ended."""
+    server = started(tmp_path_factory.mktemp("redis"))
+    yield server
+    server.close()

@@ -1,8 +1,6 @@
 """`kvplug.Store` as callers see it: what cannot be is said at once, what fails later is a miss."""
 
 import copy
-import os
-import signal
 import sys
 import threading
 import time
@@ -11,7 +9,7 @@ import pytest
 import torch
 
 import kvplug
-from kvplug.store import store
+from kvplug.store import behind, store
 from kvplug.store.ahead import ahead
 from kvplug.testing.store import chain
 
@@ -219,6 +217,33 @@ def test_reading_ahead_is_ahead_by_two_and_ends_with_its_reader():
         next(items)
 
 
+def test_writing_behind_is_in_order_waits_and_has_ended():
+    written, go_on, wrote = [], threading.Event(), threading.Event()
+
+    def work(n, last=False):
+        assert threading.current_thread() is not threading.main_thread()
+        assert go_on.wait(30)
+        written.append(n)
+
+    with behind(work, 2) as later:
+        later(0)
+        later(1)
+        assert written == []
+        held = threading.Thread(target=lambda: [later(2, last=True), wrote.set()])
+        held.start()
+        assert not wrote.wait(0.05)  # two wait already
+        go_on.set()
+        assert wrote.wait(30)
+        held.join()
+    assert written == [0, 1, 2]
+
+    def fails(n):
+        raise OSError("in the thread")
+
+    with pytest.raises(OSError, match="in the thread"), behind(fails, 2) as later:
+        later(1)
+
+
 def test_a_server_that_is_gone_is_a_miss(caplog, soon):
     pytest.importorskip("redis")
     mine = kvplug.Store("redis://127.0.0.1:1/0")
@@ -235,20 +260,20 @@ def test_a_server_that_hangs_is_a_miss(server, soon):
     kvplug.Store(server.url).save(KEYS, chunks())
     loading = mine.load(KEYS)
     next(loading)
-    os.kill(server.process.pid, signal.SIGSTOP)
+    server.pause()
     try:
         assert list(mine.load(KEYS)) == []
         mine.save(KEYS, chunks())
         assert set(mine.stats()["misses"]) == {"TimeoutError"}
         assert set(mine.stats()["unsaved"]) == {"TimeoutError"}
     finally:
-        os.kill(server.process.pid, signal.SIGCONT)
+        server.go_on()
     assert len(list(mine.load(KEYS))) == 4
 
 
 def test_a_server_that_is_full_says_what_to_set(server, caplog):
     mine = kvplug.Store(server.url)
-    server.client.config_set("maxmemory", "1mb")
+    server.fill()
     try:
         mine.save(KEYS, chunks())
         assert mine.stats()["unsaved"] == {"full": 4}
