@@ -367,6 +367,13 @@ DEFECTS = [
         (*PREFIX, "-k", "does_not_serve"),
     ),
     Defect(
+        "tensors of a chunk are read by their place",
+        "kvplug/layers/state.py",
+        "found = sorted(part(state, prefix).items())",
+        "found = part(state, prefix).items()",
+        ("tests/store/test_store_calls.py", "-k", "place"),
+    ),
+    Defect(
         "a record under another's name is taken for it",
         "kvplug/store/record.py",
         "    if inside != key:\n",

@@ -17,6 +17,8 @@ from kvplug.store import Full
 from kvplug.store.files import LEFT
 from kvplug.testing.store import chain
 
+WRITES = int(os.environ.get("KVPLUG_STORE_WRITES", "600"))
+
 
 class Reference:
     """The policy in a dozen lines: all is sorted anew whenever something must go."""
@@ -116,11 +118,13 @@ def on_disk(folder):
 
 
 def test_four_writers_keep_the_bound(tmp_path):
+    """`KVPLUG_STORE_WRITES=10000` is the long version."""
     url, bound = tmp_path.as_uri(), 100_000
 
     def write(number):
-        store, draw = kvplug.Store(url, max_bytes=bound), random.Random(number)
-        for i in range(40):
+        store, draw, i = kvplug.Store(url, max_bytes=bound), random.Random(number), 0
+        while store.stats()["saved"] < WRITES / 4:
+            i += 1
             keys = chain(6, seed=draw.randrange(8))
             done = len(list(store.load(keys)))
             rest = [{"k": torch.full((draw.randrange(2000),), i)} for _ in keys[done:]]
@@ -132,13 +136,14 @@ def test_four_writers_keep_the_bound(tmp_path):
     while not (tmp_path / "index.sqlite").exists():
         time.sleep(0.01)
     looks, end = 0, time.monotonic() + 30
-    while looks < 60 or (most <= 0.5 * bound and time.monotonic() < end):
+    while looks < WRITES / 10 or (most <= 0.5 * bound and time.monotonic() < end):
         looks += 1
         with index._transaction():  # nobody enters or drops one while they are counted
             most = max(most, on_disk(tmp_path))
         time.sleep(0.01)
-    stats = [eval(ended(*child)[1]) for child in children]
+    stats = [eval(ended(*child, seconds=600)[1]) for child in children]
     assert 0.5 * bound < most <= bound
+    assert sum(x["saved"] for x in stats) >= WRITES
     for of_one in stats:
         assert set(of_one["misses"]) <= {"absent"}
         assert of_one["unsaved"] == {}

@@ -1,6 +1,14 @@
 """`kvplug store`, and the counters as Prometheus reads them."""
 
+import contextlib
 import json
+import shutil
+import socket
+import subprocess
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
 from pathlib import Path
 
 import pytest
@@ -91,3 +99,54 @@ def test_the_dashboard_asks_for_every_counter_and_no_other():
         assert any(name in expr for expr in asked), name
     words = {w for expr in asked for w in expr.replace("(", " ").replace("[", " ").split()}
     assert {w for w in words if w.startswith("kvplug")} <= names
+
+
+def free_port():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def test_a_prometheus_shows_what_the_dashboard_asks_for(store, tmp_path):
+    """A real one, that reads the counters from this process."""
+    client = pytest.importorskip("prometheus_client")
+    if shutil.which("prometheus") is None:
+        pytest.skip("prometheus is not installed")
+    from kvplug.store.prometheus import Collector
+
+    list(store.load(chain(4, "a")))
+    store.count("fallbacks", reason="images")
+    registry = client.CollectorRegistry()
+    registry.register(Collector(store))
+    server, thread = client.start_http_server(0, "127.0.0.1", registry)
+    config, own = tmp_path / "prometheus.yml", f"http://127.0.0.1:{free_port()}"
+    job = {
+        "job_name": "kvplug",
+        "static_configs": [{"targets": [f"127.0.0.1:{server.server_port}"]}],
+    }
+    config.write_text(json.dumps({"global": {"scrape_interval": "500ms"}, "scrape_configs": [job]}))
+    command = ["prometheus", f"--config.file={config}", f"--storage.tsdb.path={tmp_path}/tsdb"]
+    command += [f"--web.listen-address={own.removeprefix('http://')}", "--log.level=error"]
+
+    def asked(expr):
+        query = urllib.parse.urlencode({"query": expr.replace("$__rate_interval", "1m")})
+        with urllib.request.urlopen(f"{own}/api/v1/query?{query}", timeout=9) as said:
+            return json.load(said)["data"]["result"]
+
+    panels = json.loads(DASHBOARD.read_text())["panels"]
+    waiting = [t["expr"] for panel in panels for t in panel["targets"]]
+    process, end = subprocess.Popen(command), time.monotonic() + 60
+    try:
+        while waiting and time.monotonic() < end:  # rates want two readings
+            time.sleep(0.2)
+            store.count("misses", reason="absent")  # a series that has just begun has no rate
+            store.count("unsaved", reason="full")
+            with contextlib.suppress(ConnectionError, urllib.error.URLError):  # it is starting
+                waiting = [expr for expr in waiting if not asked(expr)]
+    finally:
+        process.kill()
+        process.wait()
+        server.shutdown()
+        thread.join()
+        server.server_close()
+    assert not waiting
