@@ -14,14 +14,17 @@ import kvplug
 from kvplug import saved
 from kvplug.compat import cache_argument, layer_devices, output_cache
 from kvplug.testing.architectures import Absent, make
-from kvplug.testing.specs import strategies
+from kvplug.testing.specs import BUILTIN, SMALL, strategies
 from kvplug.testing.tools import GREEDY, left_padded, prompt, same, tiny_llama
 
 EVERY = [
     *strategies(),
+    *SMALL.values(),
+    *(f"{name}(block=8)" for name in BUILTIN["codec"]),
     "int4(block=8, tail=8)+int8(block=8)@-1",
     "static+int4(block=8, tail=8)+int8(block=8)@0",
 ]
+EVERY = list(dict.fromkeys(EVERY))
 CHILD = """
 import json, sys, torch, kvplug
 from kvplug.compat import cache_argument
@@ -46,6 +49,8 @@ def go_on(model, ids, cache):
 
 def test_every_strategy_goes_on_in_a_new_process(model, tmp_path):
     """Codecs, placements, layouts and retention, of which no list is kept here."""
+    for kind in ("codec", "placement", "layout", "retention"):
+        assert set(BUILTIN[kind]) <= {getattr(kvplug.parse(spec), kind).name for spec in EVERY}
     asked, expected = [], []
     for i, spec in enumerate(EVERY):
         cache = kvplug.build(spec, model.config, max_cache_len=80)
