@@ -29,6 +29,7 @@ METRICS = {
     "encode_share": Metric("%", "lower", "the same in percent of the exact cache's prefill"),
     "first_token": Metric("s", "lower", "`generate` of one token, the whole prompt included"),
     "reused": Metric("tokens", "higher", "of a prompt, a row, that came from the store"),
+    "reused_share": Metric("1", "higher", "of all prompts' tokens, those that came from the store"),
     "stored_per_token": Metric("B/token", "lower", "records in the store, over their tokens"),
     "decode": Metric(
         "ms/token", "lower", "one greedy step of the whole batch; median over the timed steps"

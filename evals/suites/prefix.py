@@ -1,14 +1,17 @@
 """Seconds to the first token of a prompt whose beginning is stored, against computing all of it.
 
-Cases of each strategy: `alone`, a call without a store; `first`, one whose store is empty; `memory`
-and `file`, one whose prompt is there but for the end. The rival beside them is the recipe that
-transformers documents: a copy of a cache that holds the beginning, `copied`.
+Cases of each strategy: `alone`, a call without a store; `first`, one whose store, a folder, is
+empty; `memory`, `file` and `redis` (a server of its own on this machine), one whose prompt is there
+but for the end. Shorter prompts than a chunk have shorter chunks, to see from which length on reuse
+pays. The rival beside them is the recipe that transformers documents: a copy of a cache that holds
+the beginning, `copied`.
 """
 
 from __future__ import annotations
 
 import copy
 import tempfile
+from contextlib import ExitStack, closing
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,6 +30,7 @@ from evals.setup.control import Same
 from kvplug.codecs.rotated import Int4
 from kvplug.compat import cache_argument
 from kvplug.prefix import CHUNK
+from kvplug.testing.server import NAMES, Server, binary
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -36,19 +40,21 @@ if TYPE_CHECKING:
     from evals.setup.contenders import Contender
 
 # beside whole chunks: the first tokens, which encoded caches hold before them, and 64 that are new
-MORE = Int4().first + 64
+NEW = 64
+MORE = Int4().first + NEW
 DEFAULTS: dict[str, Any] = {
-    "context": (CHUNK + MORE, 8 * CHUNK + MORE, 16 * CHUNK + MORE),
+    "context": tuple(n + MORE for n in (CHUNK // 4, CHUNK // 2, CHUNK, 8 * CHUNK, 16 * CHUNK)),
     "strategies": ("growing", "int8", "int4"),
 }
 NEEDS = {"model", "text"}
-STORED = ("memory", "file")
+STORED = ("memory", "file", "redis")
 
 
 def tasks(session: Session) -> Iterator[Task]:
     """Yield a task per batch and context, all contenders in it."""
     for batch, context, note in session.cells():
-        calls = (1 + session.config.repeats) * (3 + 4 * (len(session.contenders) - 1))
+        each = 2 + len(STORED)
+        calls = (1 + session.config.repeats) * (3 + each * (len(session.contenders) - 1))
         yield Task(
             f"prefix/b{batch}/t{context}",
             f"batch {batch}, a prompt of {context:,}",
@@ -66,21 +72,28 @@ def measure(
     """Yield the rows of one batch and context."""
     exact, *others = session.contenders
     prompt, place = session.prompt(batch, context), {"batch": batch, "context": context}
-    with tempfile.TemporaryDirectory() as folder:
+    chunk = chunk_for(context)
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        server = started(folder, stack)
         calls = {(exact, "alone"): alone(session, exact, prompt)}
         calls |= {(Same(), "alone"): alone(session, exact, prompt)}
-        if context > CHUNK:
-            calls |= {(exact, "copied"): copied(session, prompt)}
+        if context > chunk:
+            calls |= {(exact, "copied"): copied(session, prompt, chunk)}
         stores: dict[tuple, kvplug.Store] = {}
         for i, contender in enumerate(others):
             calls[contender, "alone"] = alone(session, contender, prompt)
             if isinstance(contender, Rival):
                 continue
-            calls[contender, "first"] = first(session, contender, prompt)
-            for kind in STORED:
-                url = "memory://" if kind == "memory" else (Path(folder) / str(i)).as_uri()
+            calls[contender, "first"] = first(session, contender, prompt, chunk)
+            urls = {"memory": "memory://", "file": (folder / str(i)).as_uri()}
+            if isinstance(server, Server):
+                urls["redis"] = server.url
+            else:
+                yield at(measured("first_token", note=server), contender, **place, case="redis")
+            for kind, url in urls.items():
                 stores[contender, kind] = store = kvplug.Store(url)
-                calls[contender, kind] = again(session, contender, prompt, store)
+                calls[contender, kind] = again(session, contender, prompt, store, chunk)
         rounds = interleave(calls, 1 + session.config.repeats, session.tick)
         for key, own in rounds.items():
             if not isinstance(own, Exception):
@@ -99,6 +112,21 @@ def measure(
                 stored = told["bytes_written"] / (reused * batch) if reused else 0.0
                 yield at(measured("reused", reused), contender, **here)
                 yield at(measured("stored_per_token", stored), contender, **here)
+
+
+def chunk_for(context: int) -> int:
+    """Return the tokens of a chunk: so many that a prompt has one before its new tokens."""
+    return min(CHUNK, max(NEW, (context - MORE) // NEW * NEW))
+
+
+def started(folder: Path, stack: ExitStack) -> Server | str:
+    """Return a server that ends with `stack`, or why there is none."""
+    if binary() is None:
+        return f"none of {', '.join(NAMES)} is installed"
+    try:
+        return stack.enter_context(closing(Server(folder, on_port=True)))
+    except ImportError as error:
+        return str(error)
 
 
 def ask(session: Session, prompt: torch.Tensor, **kwargs: Any) -> list[float]:
@@ -122,29 +150,28 @@ def alone(session: Session, contender: Contender, prompt: torch.Tensor) -> Calla
     )
 
 
-def first(session: Session, contender: Contender, prompt: torch.Tensor) -> Callable:
+def first(session: Session, contender: Contender, prompt: torch.Tensor, chunk: int) -> Callable:
     """Return a call whose store is empty, a file's."""
 
     def call() -> list[float]:
         with tempfile.TemporaryDirectory() as folder:
-            store = {"store": kvplug.Store(Path(folder).as_uri())}
-            return ask(session, prompt, cache_implementation=contender.name, cache_config=store)
+            store = kvplug.Store(Path(folder).as_uri())
+            return again(session, contender, prompt, store, chunk)()
 
     return call
 
 
 def again(
-    session: Session, contender: Contender, prompt: torch.Tensor, store: kvplug.Store
+    session: Session, contender: Contender, prompt: torch.Tensor, store: kvplug.Store, chunk: int
 ) -> Callable:
     """Return a call whose store has what the one before has left."""
-    return lambda: ask(
-        session, prompt, cache_implementation=contender.name, cache_config={"store": store}
-    )
+    told = {"store": store, "chunk": chunk}
+    return lambda: ask(session, prompt, cache_implementation=contender.name, cache_config=told)
 
 
-def copied(session: Session, prompt: torch.Tensor) -> Callable:
+def copied(session: Session, prompt: torch.Tensor, chunk: int) -> Callable:
     """Return a call with a copy of transformers' cache of the whole chunks."""
-    known = prompt[:, : (prompt.shape[1] - 1) // CHUNK * CHUNK]
+    known = prompt[:, : (prompt.shape[1] - 1) // chunk * chunk]
     cache = session.contenders[0].build(session.model.config, prompt.shape[1] + 1)
     with torch.no_grad():
         session.model(known, **cache_argument(cache), logits_to_keep=1)
@@ -185,7 +212,22 @@ def tables(config: dict[str, Any], rows: list[Row]) -> list[Table]:
                 ),
             )
         )
-    made[-1] = made[-1]._replace(
-        notes=[f"Median of {config['repeats']} calls, each case once before.", *off.lines()]
-    )
+    notes = [f"Median of {config['repeats']} calls, each case once before.", *off.lines()]
+    made[-1] = made[-1]._replace(notes=[*notes, *pays(rows)])
     return made
+
+
+def pays(rows: list[Row]) -> list[str]:
+    """Return a line on how many reused tokens are enough to be faster than the exact cache."""
+    figures: dict[tuple, dict[str, float]] = {}
+    for row in rows:
+        if row["case"] in STORED and row["status"] == "ok":
+            place = row["strategy"], row["case"], row["batch"], row["context"]
+            figures.setdefault(place, {})[row["metric"]] = row["value"]
+    least: dict[str, float] = {}
+    for (name, case, *_), own in figures.items():
+        if own.get("reused") and own["speedup"] > 1:
+            key = f"{name} from {case}"
+            least[key] = min(own["reused"], least.get(key, own["reused"]))
+    told = ", ".join(f"{name} {n:,.0f}" for name, n in least.items())
+    return [f"Fewest reused tokens that made a call faster than computing all: {told}."]

@@ -1,4 +1,4 @@
-"""Suites end to end on a tiny model: decode, kernel, memory, drift, prefill and prefix."""
+"""Suites end to end on a tiny model: decode, kernel, memory, drift, prefill, prefix and replay."""
 
 import itertools
 from dataclasses import replace
@@ -8,6 +8,7 @@ import pytest
 import tiny_run
 from transformers import cache_utils
 
+import kvplug
 from evals import suites
 from evals.measure import energy
 from evals.measure.bits import exact_states
@@ -15,6 +16,7 @@ from evals.measure.clock import step
 from evals.rows.schema import Row, measured
 from evals.setup.contenders import EXACT, resolve
 from evals.suites import encode
+from kvplug.testing.server import binary
 
 pytestmark = pytest.mark.usefixtures("offline")
 
@@ -171,13 +173,17 @@ def test_a_suite_is_one_file(config, tmp_path, console, monkeypatch):
 
 
 def test_prefix_end_to_end(config, tmp_path, console):
-    config = replace(config, suite="prefix", strategies=("growing", "int4"), context=(100, 340))
+    contexts = (100, 140, 340)
+    config = replace(config, suite="prefix", strategies=("growing", "int4"), context=contexts)
     rows, table = start(config, tmp_path, console)
     figure = {(r["strategy"], r["case"], r["metric"], r["context"]): r for r in rows}
     for name, first in (("growing", 0), ("int4", 4)):  # tokens before its first block
-        for case in ("memory", "file"):
-            assert figure[name, case, "reused", 340]["value"] == first + 256
-            assert figure[name, case, "reused", 100]["value"] == 0
+        for case in ("memory", "file", *["redis"] * (binary() is not None)):
+            reused = [figure[name, case, "reused", n]["value"] for n in contexts]
+            tail = max(1, kvplug.parse(name).codec.tail)
+            for n, chunk, found in zip(contexts, (64, 64, 256), reused, strict=True):
+                chunks = (n - first - tail) // chunk
+                assert found == (first + chunks * chunk if chunks > 0 else 0)
             assert figure[name, case, "speedup", 340]["n"] == config.repeats
         assert figure[name, "first", "first_token", 340]["value"] > 0
     stored = [figure[x, "file", "stored_per_token", 340]["value"] for x in ("int4", "growing")]
@@ -185,6 +191,24 @@ def test_prefix_end_to_end(config, tmp_path, console):
     assert stored[0] < stored[1] / 3
     assert figure[EXACT, "copied", "first_token", 340]["n"] == config.repeats
     assert "int4, file" in table
+    assert "Fewest reused tokens that made a call faster than computing all: " in table
+
+
+def test_replay_end_to_end(config, tmp_path, console):
+    config = replace(config, suite="replay", strategies=("growing", "int4"), context=(600,))
+    rows, table = start(config, tmp_path, console)
+    figure = {(r["strategy"], r["case"], r["metric"]): r for r in rows}
+    for name, first in (("growing", 0), ("int4", 4)):
+        tail = max(1, kvplug.parse(name).codec.tail)
+        chunks = [max(0, 60 * turn - first - tail) // 256 for turn in range(1, 10)]  # left behind
+        found = sum(first + 256 * n for n in chunks if n)
+        share = figure[name, "chat", "reused_share"]["value"]
+        assert share == pytest.approx(found / sum(60 * turn for turn in range(1, 11)))
+        share = figure[name, "document", "reused_share"]["value"]
+        assert share == pytest.approx(4 * (first + 512) / (5 * 600))
+        assert figure[name, "document", "first_token"]["n"] == 5
+    assert figure[EXACT, "chat", "speedup"]["value"] == 1
+    assert "10 turns" in table
 
 
 def test_encode_end_to_end(config, tmp_path, console, add_rival):
