@@ -142,9 +142,9 @@ def test_a_codec_for_a_layer_that_has_no_use_for_it():
 
 def test_a_codec_of_one_layer_must_compose_too():
     with pytest.raises(
-        kvplug.SpecError, match=r"triton' reads blocks of .* plain, affine, rotated; 'int\(k_bits=3"
+        kvplug.SpecError, match=r"triton' reads blocks of .* plain, affine, rotated, .*; 'fp8"
     ):
-        kvplug.parse("int4+int(k_bits=3)@0+triton")
+        kvplug.parse("int4+fp8@0+triton")
 
 
 def test_arguments_by_name_are_the_main_codecs():

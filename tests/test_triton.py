@@ -131,6 +131,8 @@ CODECS = [
     "int(k_bits=2, v_bits=2)",
     "int(k_bits=8, v_bits=4)",
     "int(k_bits=4, v_bits=2)",
+    "int3",
+    "int(k_bits=5, v_bits=6)",
     "exact",
 ]
 HEADS = [
@@ -254,13 +256,14 @@ def test_refuses():
             return super().decode_side(data, side)
 
     cpu, gpu = torch.device("cpu"), torch.device("cuda")
-    for spec in ("int8", "int4", "k8v4", "exact"):
+    for spec in ("int8", "int4", "k8v4", "int3", "exact"):
         assert package.Triton().refuses(coded(spec)) is None
         assert package.Triton().refuses(coded(spec), gpu, torch.bfloat16) is None
-    reads = "reads blocks of the formats plain, affine, rotated; 'other' has a format of its own"
+    reads = (
+        "reads blocks of the formats plain, affine, rotated, rotated_planes; 'other' has a format "
+        "of its own"
+    )
     assert package.Triton().refuses(Other()) == reads
-    refusal = package.Triton().refuses(coded("int(k_bits=3, v_bits=6)"))
-    assert refusal.endswith("'int(k_bits=3, v_bits=6)' has the format rotated_planes")
     refusal = package.Triton().refuses(coded("int8"), gpu, torch.float64)
     assert refusal == "reads float32, float16 and bfloat16, not torch.float64"
     refusal = package.Triton().refuses(coded("int8"), cpu)
@@ -314,6 +317,7 @@ def compiled(monkeypatch, tmp_path):
     [
         ("int8", torch.bfloat16, 1, "none"),
         ("int4", torch.float16, 1, "additive"),
+        ("int(k_bits=6, v_bits=3)", torch.bfloat16, 1, "none"),
         ("int(k_bits=8, v_bits=2)", torch.float32, 32, "bool"),
         ("exact", torch.bfloat16, 32, "causal"),
     ],

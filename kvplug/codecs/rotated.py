@@ -47,10 +47,11 @@ class Rotated(Codec):
     """Integers of 2 to 8 bits, keys and values apart; `int8`, `int4`, `int3`, ... are presets.
 
     Keys and values are turned by a Hadamard matrix first, which spreads what is large in one
-    channel over all of them (QuaRot, arXiv:2404.00456). A group is one channel over the tokens of a
-    block for keys, with a float16 scale and zero (KIVI, arXiv:2402.02750); for values `group`
-    neighbouring channels of one token, symmetric, with one byte. The first `first` tokens of each
-    row, which all later ones attend to, stay exact, and so do the newest `tail`.
+    channel over all of them (QuaRot, arXiv:2404.00456); of 80, 96, 112 or 192 channels by its
+    product with a cosine transform of the odd part (`hadamard.py`). A group is one channel over the
+    tokens of a block for keys, with a float16 scale and zero (KIVI, arXiv:2402.02750); for values
+    `group` neighbouring channels of one token, symmetric, with one byte. The first `first` tokens
+    of each row, which all later ones attend to, stay exact, and so do the newest `tail`.
 
     Keys of fewer than 8 bits are rounded for the queries of the call after which they are encoded
     (`feedback.py`), where there are as many as a head has channels: those of a prompt are, those of

@@ -42,7 +42,7 @@ class Triton(Kernel):
     """CUDA: a block is unpacked in registers, once for all queries of its head."""
 
     name: ClassVar[str] = "triton"
-    formats: ClassVar[tuple[str, ...]] = ("plain", "affine", "rotated")
+    formats: ClassVar[tuple[str, ...]] = ("plain", "affine", "rotated", "rotated_planes")
 
     def attend(
         self,

@@ -6,7 +6,17 @@ Z is `sizes.Sizes`.
 import triton
 import triton.language as tl
 
-from .decode import dot, dot_codes, load_keys, load_values, of, place_of, scale_of, unpack
+from .decode import (
+    dot,
+    dot_codes,
+    key_codes,
+    load_keys,
+    load_values,
+    of,
+    place_of,
+    scale_of,
+    value_codes,
+)
 
 CHUNK = tl.constexpr(16)  # channels that the merge turns back at once
 
@@ -126,7 +136,7 @@ def _read_blocks(state, rows, wide, blocks, at, span, column, skip, channels, Z:
     keys = load_keys(blocks, at, tl.minimum(first, last), channels, Z)
     values = load_values(blocks, at, tl.minimum(first, last), channels, Z)
     for i in tl.range(first, end, num_stages=1):
-        codes, k_scale, k_zero = keys
+        low, high, k_scale, k_zero = keys
         keys = load_keys(blocks, at, tl.minimum(i + 1, last), channels, Z)
         # q . (code * scale + zero) = (q * scale) . code + q . zero: no factor depends on t
         x = wide * scale
@@ -135,18 +145,15 @@ def _read_blocks(state, rows, wide, blocks, at, span, column, skip, channels, Z:
         k_scale = k_scale.to(tl.float32)
         constant = tl.sum(x * (k_zero.to(tl.float32) + half * k_scale)[None, :], 1)
         x *= k_scale[None, :]
-        codes = unpack(codes, tl.arange(0, 8 // Z.K_BITS)[None, :, None], Z.K_BITS) - half
-        codes = tl.reshape(codes, (Z.K, Z.RUNS * Z.PAD))
-        scores = dot_codes(x, codes, q.dtype) + constant[:, None]
+        scores = dot_codes(x, key_codes(low, high, Z) - half, q.dtype) + constant[:, None]
         block, token, held = place_of(i, Z.RUNS, Z)
         token += block.to(tl.int32) * Z.BLOCK - skip
         scores = _visible(scores, rows, column + token, held & (token >= 0), Z)
 
-        codes, v_scale, v_zero = values
+        low, high, v_scale, v_zero = values
         values = load_values(blocks, at, tl.minimum(i + 1, last), channels, Z)
-        codes = unpack(codes, tl.arange(0, 8 // Z.V_BITS)[:, None, None, None], Z.V_BITS)
         v_scale, v_zero = scale_of(v_scale, v_zero, Z)
-        codes = codes * v_scale[:, :, :, None] + v_zero[:, :, :, None]
+        codes = value_codes(low, high, Z) * v_scale[:, :, :, None] + v_zero[:, :, :, None]
         codes = tl.reshape(codes.to(q.dtype), (Z.RUNS * Z.PAD, Z.GROUPS * Z.WIDTH))
         highest, total, sums = _fold(highest, total, sums, scores, codes)
     return highest, total, sums

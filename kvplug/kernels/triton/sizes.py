@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 import torch
 import triton
 
+from ...codecs.formats import PLANES
+
 if TYPE_CHECKING:
     from ...codecs.base import Codec
 
@@ -34,11 +36,13 @@ class Sizes:
     stages: int
     K_BITS: int = 0  # 0: the middle is tokens as they came
     V_BITS: int = 0
+    K_LOW: int = 0  # of these, in the first plane
+    V_LOW: int = 0
     BLOCK: int = 1  # tokens
     STEP: int = 1  # tokens of a block at once
     RUNS: int = 1  # of consecutive tokens in a step
     PAD: int = 1  # tokens of a run, padded
-    TURNED: bool = False  # blocks of the format `rotated`
+    TURNED: bool = False  # blocks of the format `rotated`, or `rotated_planes`
 
 
 @cache
@@ -71,16 +75,21 @@ def sizes_of(
     if not groups:
         return Sizes(**common, STEP=common["TILE"])
     step = min(codec.block, 64 if itemsize == 2 else 64 // heavy)
-    RUNS = 8 // min(codec.k_bits, codec.v_bits)
+    k_low, v_low = (PLANES.get(bits, bits) for bits in (codec.k_bits, codec.v_bits))
+    # planes of 1 bit have runs of their own
+    planes = k_low, v_low, codec.k_bits - k_low, codec.v_bits - v_low
+    RUNS = 8 // min(bits for bits in planes if bits > 1)
     return Sizes(
         **common,
         K_BITS=codec.k_bits,
         V_BITS=codec.v_bits,
+        K_LOW=k_low,
+        V_LOW=v_low,
         BLOCK=codec.block,
         STEP=step,
         RUNS=RUNS,
         PAD=_padded(step) // RUNS,
-        TURNED=codec.format == "rotated",
+        TURNED=codec.format in ("rotated", "rotated_planes"),
     )
 
 
