@@ -198,6 +198,28 @@ DEFECTS = [
         ("tests/test_layer.py", "tests/test_strategies.py", "-k", "tail or blocks"),
     ),
     Defect(
+        "keys that swing get no more bits",
+        "kvplug/codecs/guard.py",
+        "MOST = 2.0 ",
+        "MOST = 2e9 ",
+        ("tests/test_guard.py",),
+    ),
+    Defect(
+        "blocks that are loaded are read at the width asked for",
+        "kvplug/codecs/rotated.py",
+        'return self._wide(data["k_codes"].shape[-1] * 8 // self.block)',
+        "return self",
+        ("tests/test_guard.py", "-k", "copies or chunks"),
+    ),
+    Defect(
+        "the CUDA kernel takes another bit of a plane",
+        "kvplug/kernels/triton/decode.py",
+        "(token % 8).to(tl.uint8)",
+        "(token % 4).to(tl.uint8)",
+        ("tests/test_triton.py", "-k", "default_blocks"),
+        INTERPRETED,
+    ),
+    Defect(
         "a scale is made for one code more",
         "kvplug/codecs/quantize.py",
         "scale = -_round_down(-(high - zero.float()) / (2**bits - 1))",

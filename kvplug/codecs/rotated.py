@@ -58,6 +58,9 @@ class Rotated(Codec):
     tokens that come one by one, of `static`, of a draft that may be rolled back, and of attention
     that shows a cache no query are rounded to the nearest code. `stats()` counts both.
 
+    Where the first blocks of a layer (under `static` those of its first call) have keys that swing
+    (`guard.py`), all of its keys have 8 bits; `stats()` says so, and `strict` refuses them.
+
     Error of what was turned: keys scale / 2, or scale where they are rounded for queries; values
     half a step, one step where a number was cut off. Departures: widths of K and V apart, and
     blocks are never encoded again. The tensors: `formats.py`.
