@@ -15,6 +15,7 @@ import pytest
 import torch
 
 import kvplug
+from kvplug.codecs.rotated import Int8
 from kvplug.kernels.reference import Reference
 from kvplug.testing import KernelConformance
 from kvplug.testing.kernel import expected_attention, random_stored
@@ -249,7 +250,7 @@ def test_masks_are_not_copied(monkeypatch, kernel):
 
 
 def test_refuses():
-    class Other(kvplug.codecs.rotated.Int8):
+    class Other(Int8):
         name = "other"
 
         def decode_side(self, data, side):
