@@ -91,35 +91,41 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _list(args: argparse.Namespace) -> int:
+    from .cost import cost, source
     from .registry import available
-    from .spec import DEFAULTS, PRESETS
+    from .spec import DEFAULTS, PRESETS, parse
 
     for kind, stages in available().items():
         print(f"{kind} (default {DEFAULTS[kind]})")
         for name, line in stages.items():
-            read = f" [{', '.join(_readers(name))}]" if kind == "codec" else ""
-            print(f"  {name:<12} {line}{read}")
+            print(f"  {name:<12} {line}{_of_codec(name) if kind == 'codec' else ''}")
     print("presets")
     for name, spec in PRESETS.items():
-        print(f"  {name:<22} {spec}")
+        print(f"  {name:<22} {spec:<8} {cost(parse(spec))}")
+    print(source())
     return 0
 
 
-def _readers(codec: str) -> list[str]:
-    """The kernels that read blocks of a codec as it comes; what is not installed reads none."""
+def _of_codec(name: str) -> str:
+    """What a codec costs as it comes, and the kernels that read it; nothing of a broken plugin."""
+    from .cost import cost
     from .registry import REGISTRIES, find
+    from .spec import parse
 
-    found = []
-    for name in REGISTRIES["kernel"].names():
-        with contextlib.suppress(Exception):  # a broken plugin must not hide the others
-            if name != "auto" and not find(name)().refuses(find(codec)()):
-                found.append(name)
-    return found
+    said, readers = "", []
+    with contextlib.suppress(Exception):  # a broken plugin must not hide the others
+        said = f" {cost(parse(name))}."
+    for kernel in REGISTRIES["kernel"].names():
+        with contextlib.suppress(Exception):
+            if kernel != "auto" and not find(kernel)().refuses(find(name)()):
+                readers.append(kernel)
+    return f"{said} [{', '.join(readers)}]"
 
 
 def _estimate(args: argparse.Namespace) -> int:
     from transformers import AutoConfig
 
+    from .cost import cost, source
     from .estimate import estimate
     from .spec import parse
 
@@ -129,7 +135,7 @@ def _estimate(args: argparse.Namespace) -> int:
     config = AutoConfig.from_pretrained(args.model)
     of = {"context": args.context, "batch": args.batch, "dtype": args.dtype}
     full = estimate("growing", config, **of)
-    print(f"{'strategy':<40} {'bytes':>16} {'MiB':>10} {'of exact':>9}")
+    print(f"{'strategy':<40} {'bytes':>16} {'MiB':>10} {'of exact':>9}  drift")
     code = 2
     for spec in specs:
         try:
@@ -137,8 +143,10 @@ def _estimate(args: argparse.Namespace) -> int:
         except SpecError as e:
             print(f"{spec:<40} refused: {e}")
             continue
-        print(f"{spec:<40} {size:>16,} {size / 2**20:>10.1f} {size / full:>8.2f}x")
+        held = f"{size:>16,} {size / 2**20:>10.1f} {size / full:>8.2f}x"
+        print(f"{spec:<40} {held}  {cost(parse(spec))}")
         code = 0
+    print(source())
     return code
 
 

@@ -2,7 +2,7 @@
 
 usage: python scripts/front.py FOLDER ...
 
-A folder of --suite drift, pareto or quick gives the drift of codecs; one of retrieval, asked in the
+A folder of --suite pareto gives bits and drift of codecs; one of retrieval, asked in the
 prompt and after it, and one of stream give what is lost by methods that let tokens go. What no
 folder gives stays as it is.
 """
@@ -25,7 +25,6 @@ from evals.setup.contenders import EXACT  # noqa: E402
 from evals.suites import retrieval  # noqa: E402
 from kvplug.strategy import ALLOWED  # noqa: E402
 
-CODECS = ("drift", "pareto", "quick")  # suites
 # by use: the suite, its metric, and the method that serves it
 METHODS = {
     "prompt": ("retrieval", "retrieval_asked", "snapkv"),
@@ -35,16 +34,17 @@ FRONT = ROOT / "kvplug" / "front.json"
 
 
 def sections(folder: Path) -> dict[str, Any]:
-    """What a folder gives: `kl` and `measured`, or some of `kept` by use."""
+    """What a folder gives: `kl`, `bits` and `measured`, or some of `kept` by use."""
     _, _, rows = read(folder)
-    if rows[0]["suite"] in CODECS:
+    if rows[0]["suite"] == "pareto":
         return of_codecs(rows)
     made = {use: of_methods(rows, *how) for use, how in METHODS.items()}
     return {"kept": {use: found for use, found in made.items() if found}}
 
 
 def of_codecs(rows: list[dict]) -> dict[str, Any]:
-    """The KL of each codec that loses less than the most that can be allowed."""
+    """KL and bits of each codec that loses less than the most that can be allowed."""
+    bits = {row["strategy"]: round(row["value"], 2) for row in rows if row["metric"] == "bits"}
     codecs = kvplug.available()["codec"]
     rows = [
         row
@@ -53,7 +53,8 @@ def of_codecs(rows: list[dict]) -> dict[str, Any]:
         and row["strategy"] in codecs and 0 < row["value"] <= max(ALLOWED.values())
     ]  # fmt: skip
     kl = {row["strategy"]: float(f"{row['value']:.2g}") for row in rows}
-    return {"kl": dict(sorted(kl.items(), key=lambda x: x[1])), "measured": source(rows[0])}
+    kl = dict(sorted(kl.items(), key=lambda x: x[1]))
+    return {"kl": kl, "bits": {name: bits[name] for name in kl}, "measured": source(rows[0])}
 
 
 def of_methods(rows: list[dict], suite: str, metric: str, method: str) -> dict[str, Any] | None:

@@ -28,7 +28,7 @@ from evals.setup import shapes  # noqa: E402
 from evals.setup.contenders import EXACT  # noqa: E402
 from evals.suites import decode as decode_suite  # noqa: E402
 from evals.suites import drift as drift_suite  # noqa: E402
-from evals.suites import quick  # noqa: E402
+from evals.suites import pareto, quick  # noqa: E402
 from evals.suites import retrieval as retrieval_suite  # noqa: E402
 
 BENCHMARKS = ROOT / "docs" / "benchmarks"
@@ -99,6 +99,16 @@ def bigger() -> str:
     versions = ", ".join(f"{x} {run.env['versions'][x]}" for x in ("torch", "transformers"))
     table = _table(["strategy", *head], body)
     return f"{table}\n\n{run.env['hardware']}, {versions}. {_noise(run)}"
+
+
+def front() -> str:
+    """Return bits and drift of codecs as they come and of rivals, the heaviest first."""
+    (run,) = _runs("pareto")
+    table = pareto.tables(run.config, run.rows)[0]
+    shown = ("strategy", "bits ↓", "KL, nat", "top-1", "Δ", "words")
+    columns = [i for i, name in enumerate(table.head) if name.startswith(shown)]
+    body = [[row[i] for i in columns] for row in table.body if not row[0].startswith("control:")]
+    return f"{_table([table.head[i] for i in columns], body)}\n\n{' '.join(table.notes)}"
 
 
 def main_job() -> str:

@@ -243,9 +243,18 @@ def test_free_memory_minds_the_container(tmp_path, monkeypatch):
 
 def test_only_measured_codecs_are_candidates():
     kl = measured.front()["kl"]
-    assert set(kl) <= set(kvplug.available()["codec"])
+    assert set(kl) == set(measured.front()["bits"]) <= set(kvplug.available()["codec"])
     assert all(0 < x <= ALLOWED["medium"] for x in kl.values())
     assert min(kl.values()) <= ALLOWED["low"]
+
+
+def test_a_codec_that_another_beats_in_drift_and_in_bits_is_no_candidate(monkeypatch):
+    made = {
+        "kl": {"int4": 0.002, "int8": 0.00001, "hqq": 0.02, "int3": 0.007, "fp8": 0.001},
+        "bits": {"int4": 4.7, "int8": 8.3, "hqq": 4.9, "int3": 3.7, "fp8": 8.6},
+    }
+    monkeypatch.setattr(measured, "front", lambda: made)
+    assert [name for name, _ in measured.codecs()] == ["int8", "int4", "int3"]
 
 
 def test_command(tmp_path, capsys):

@@ -10,6 +10,7 @@ import transformers
 from huggingface_hub.errors import StrictDataclassError
 
 import kvplug
+from kvplug import cost
 from kvplug.cli import main
 from kvplug.compat import cache_argument
 from kvplug.testing import specs, tiny_llama
@@ -163,12 +164,15 @@ def folder(tmp_path):
 
 def test_command(folder, capsys):
     assert main(["estimate", "--model", folder, "--context", "1000", "int4", "growing"]) == 0
-    head, int4, growing = capsys.readouterr().out.splitlines()
-    assert head.split() == ["strategy", "bytes", "MiB", "of", "exact"]
+    head, int4, growing, source = capsys.readouterr().out.splitlines()
+    assert head.split() == ["strategy", "bytes", "MiB", "of", "exact", "drift"]
     bytes_ = int(re.search(r"[\d,]{4,}", growing).group().replace(",", ""))
     assert bytes_ == kvplug.estimate("growing", tiny_llama().config, context=1000)
-    assert growing.split()[-1] == "1.00x"
-    assert 0.1 < float(int4.split()[-1].rstrip("x")) < 0.4
+    assert growing.endswith(" 1.00x  loses nothing")
+    held, drift = re.search(r"([\d.]+)x  (.*)$", int4).groups()
+    assert 0.1 < float(held) < 0.4
+    assert drift == cost.cost(kvplug.parse("int4"))
+    assert source == cost.source()
 
 
 def test_command_with_defaults(folder, capsys):
@@ -202,10 +206,10 @@ def test_command_gives_the_reason_in_the_row(tmp_path, capsys):
     arguments = ["estimate", "--model", str(tmp_path), "--context", "100"]
     refused = ["kvplug:static+int8", "static"]
     assert main([*arguments, *refused, "int8"]) == 0
-    _, coded, static, int8 = capsys.readouterr().out.splitlines()
+    _, coded, static, int8, _ = capsys.readouterr().out.splitlines()
     assert re.match(r"kvplug:static\+int8 +refused: .*has no attention layer it could serve", coded)
     assert re.match(r"static +refused: .*the nearest is 'kvplug:static'", static)
-    assert int8.endswith("x")
+    assert "x  " in int8
     assert main([*arguments, *refused]) == 2
 
 
@@ -250,6 +254,22 @@ def test_list_command(capsys):
     readers = dict(re.findall(r"^  (\w+) .*\[(.*)\]$", out, re.MULTILINE))
     assert readers["int4"].split(", ") == ["numba", "reference", "triton"]
     assert readers["fp8"] == readers["hqq"] == "reference"
+    assert re.search(rf"^  int4 .*\. {re.escape(cost.cost(kvplug.parse('int4')))}\. \[", out, re.M)
+    assert re.search(r"^  kvplug:offloaded +host +loses nothing$", out, re.MULTILINE)
+    assert out.endswith(cost.source() + "\n")
+
+
+def test_what_was_measured_is_said_of_nothing_else():
+    bits, kl = cost.front()["bits"], cost.front()["kl"]
+    assert bits.keys() == kl.keys()
+    assert len(bits) >= 2
+    for name in bits:
+        figures = f"{bits[name]:.2f} bits, KL {kl[name]:.5f}"
+        assert {cost.cost(kvplug.parse(x)) for x in (name, f"{name}+host")} == {figures}
+    for spec in ("growing", "static", "disk", "exact(block=8)+host"):
+        assert cost.cost(kvplug.parse(spec)) == "loses nothing"
+    for spec in ("int4(tail=0)", "int(k_bits=5)", "int4+int8@0", "sinks+int8", "window", "snapkv"):
+        assert cost.cost(kvplug.parse(spec)) == "not measured"
 
 
 @pytest.mark.parametrize("method", CHOOSING)

@@ -3,6 +3,7 @@ names can be read, links lead somewhere.
 """
 
 import importlib.util
+import json
 import re
 from functools import cache
 from pathlib import Path
@@ -10,16 +11,23 @@ from pathlib import Path
 import pytest
 
 import kvplug
+from evals.report import front
+from evals.report.render import caption
+from evals.report.runs import load
 
 ROOT = Path(__file__).parents[2]
 
 
 @cache
-def figures():
-    spec = importlib.util.spec_from_file_location("figures", ROOT / "scripts" / "readme_figures.py")
+def script(name):
+    spec = importlib.util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def figures():
+    return script("readme_figures")
 
 
 PAGES = figures().PAGES
@@ -50,6 +58,19 @@ def test_a_table_that_was_changed_by_hand_is_noticed(text):
 def test_no_figure_stands_outside_of_them(text):
     prose = figures().BLOCK.sub("", text)
     assert not re.findall(r"\d[\d.,]* ?(?:x\b|ms\b|MiB\b|%)|KL \d\S*", prose)
+
+
+def test_the_front_is_what_its_folder_says_of_codecs_as_they_are_today():
+    folder = ROOT / "docs" / "benchmarks" / "pareto"
+    told = script("front").sections(folder)
+    kept = json.loads((ROOT / "kvplug" / "front.json").read_text(encoding="utf-8"))
+    assert told == {name: kept[name] for name in ("kl", "bits", "measured")}
+    (run,) = load([folder])
+    specs = {row["strategy"]: row["spec"] for row in run.rows}
+    for name in told["kl"]:
+        assert kvplug.parse(specs[name]) == kvplug.parse(name)
+    drawn = front.draw(run.rows, caption(run.config, run.env)[0])
+    assert (folder / "front.svg").read_text(encoding="utf-8") == drawn
 
 
 def test_every_link_leads_somewhere(page, text):
