@@ -35,8 +35,12 @@ KEPT = {
 
 @pytest.fixture
 def kept(monkeypatch):
-    """What was measured of methods, as long as a test lasts."""
-    told = measured.front() | {"kept": {use: {"options": x} for use, x in KEPT.items()}}
+    """What was measured of methods, and of two codecs, as long as a test lasts."""
+    front = measured.front()
+    told = front | {
+        "kl": {codec: front["kl"][codec] for codec in ("int8", "int4")},
+        "kept": {use: {"options": x} for use, x in KEPT.items()},
+    }
     monkeypatch.setattr(measured, "front", lambda: told)
 
 
@@ -55,7 +59,7 @@ def best(choice):
 def test_the_first_that_fits_four_gibibytes(name):
     """By bytes that are counted here."""
     config, picked = public(name), set()
-    for context in (4096, 24_576, 49_152, 98_304, 131_072, 800_000):
+    for context in (4096, 24_576, 49_152, 98_304, 131_072, 4_000_000):
         choice = kvplug.recommend(config, context=context, budget="4GiB", drift="medium")
         fitting = [x for x in choice.options if x.held is not None and x.held <= 4 << 30]
         assert choice.best == (fitting[0] if fitting else None)

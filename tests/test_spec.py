@@ -182,7 +182,7 @@ ERRORS = {
     # reserved
     # arguments
     "int4(grup=3)": "unknown argument of 'int4': 'grup'. Did you mean 'group'? "
-    "Known: block, tail, group, first, k_bits, v_bits, calibration.",
+    "Known: block, tail, group, first, k_bits, v_bits, calibration, strict.",
     "device(x=3)": "unknown argument of 'device': 'x'. It takes none.",
     "int4(group='a')": "int4(group='a'): group must be int",
     "int4(group=2.5)": "int4(group=2.5): group must be int",

@@ -92,7 +92,7 @@ def test_a_folder_is_no_config(tmp_path):
 
 
 def test_an_unknown_suite_is_refused_by_whoever_asks_for_it(tmp_path, console):
-    said = "unknown suite 'decod'. Did you mean 'decode'? Known: decode, drift,"
+    said = "unknown suite 'decod'. Did you mean 'decode'? Known: bias, choosing, decode, drift,"
     for ask in (
         lambda: gather(None, {"suite": "decod"}),
         lambda: suites.get("decod"),
