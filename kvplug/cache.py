@@ -11,7 +11,7 @@ import torch
 import transformers
 
 from . import saved
-from .compat import StaticLayer
+from .compat import StaticLayer, cache_layers
 from .errors import CacheOverflow, Mismatch, SpecError
 from .layers.base import AttentionLayer
 from .layers.state import attributes, nest, part, set_attributes
@@ -281,7 +281,7 @@ class Cache(transformers.Cache):
 
     def check_layers(self, config: PreTrainedConfig) -> None:
         """Raise Mismatch where a model of this config has another number of layers."""
-        theirs = len(transformers.DynamicCache(config=config.get_text_config(decoder=True)).layers)
+        theirs = cache_layers(config.get_text_config(decoder=True))
         if theirs != len(self.layers):
             raise Mismatch(
                 f"this cache has {len(self.layers)} layers and {type(config).__name__} has "

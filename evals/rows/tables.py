@@ -119,6 +119,21 @@ def by_strategy(title: str, rows: Iterable[Row], noise: Noise | None = None) -> 
     return Table(title, head, body, noise.lines() if noise else [])
 
 
+def by_size(rows: list[Row], note: str) -> list[Table]:
+    """Return `by_strategy` of each batch and context, the note under the last."""
+    cells = dict.fromkeys((row["batch"], row["context"]) for row in rows)
+    made = [
+        by_strategy(
+            f"batch {batch}, context {context:,}",
+            [row for row in rows if (row["batch"], row["context"]) == (batch, context)],
+        )
+        for batch, context in sorted(cells)
+    ]
+    if made:
+        made[-1] = made[-1]._replace(notes=[note])
+    return made
+
+
 def grid(title: str, rows: Iterable[Row], cell: Callable[[dict[str, Row]], str]) -> Table:
     """Return a line per strategy and a column per context; `cell` shows the rows of one place."""
     figures: dict[str, dict[int, dict[str | None, Row]]] = {}

@@ -14,7 +14,7 @@ from evals.measure.choosing import clocked
 from evals.measure.clock import step
 from evals.measure.prefill import warm_up
 from evals.rows.schema import at, measured
-from evals.rows.tables import Table, by_strategy
+from evals.rows.tables import Table, by_size
 from evals.rows.task import Task
 from evals.setup.config import ConfigError
 from evals.setup.contenders import EXACT, file_name
@@ -87,14 +87,4 @@ def measure(
 
 def tables(config: dict[str, Any], rows: list[Row]) -> list[Table]:
     """Return a table per batch and context."""
-    cells = dict.fromkeys((row["batch"], row["context"]) for row in rows)
-    made = [
-        by_strategy(
-            f"batch {batch}, context {context:,}",
-            [row for row in rows if (row["batch"], row["context"]) == (batch, context)],
-        )
-        for batch, context in sorted(cells)
-    ]
-    if made:
-        made[-1] = made[-1]._replace(notes=[f"{config['repeats']} rounds each."])
-    return made
+    return by_size(rows, f"{config['repeats']} rounds each.")

@@ -10,7 +10,7 @@ from evals.measure.clock import step
 from evals.measure.memory import checked_bytes
 from evals.measure.prefill import WARMUP_TOKENS, prefill_and_peaks, warm_up
 from evals.rows.schema import at, measured
-from evals.rows.tables import Table, by_strategy
+from evals.rows.tables import Table, by_size
 from evals.rows.task import Task
 from evals.setup.contenders import Rival, file_name
 
@@ -69,17 +69,7 @@ def measure(
 
 def tables(config: dict[str, Any], rows: list[Row]) -> list[Table]:
     """Return a table per batch and context."""
-    cells = dict.fromkeys((row["batch"], row["context"]) for row in rows)
     measures = "peak_decode", "rss_decode"
     how = dict.fromkeys(row["note"] for row in rows if row["metric"] in measures and row["note"])
-    made = [
-        by_strategy(
-            f"batch {batch}, context {context:,}",
-            [row for row in rows if (row["batch"], row["context"]) == (batch, context)],
-        )
-        for batch, context in sorted(cells)
-    ]
-    if made:
-        said = f"Held after prefill. Peak in decode over {config['decode_steps']} steps."
-        made[-1] = made[-1]._replace(notes=[f"{said} Peaks by {', '.join(how)}."])
-    return made
+    said = f"Held after prefill. Peak in decode over {config['decode_steps']} steps."
+    return by_size(rows, f"{said} Peaks by {', '.join(how)}.")
