@@ -5,7 +5,7 @@ is, and has one function, `build(config, max_cache_len) -> Cache`. Imports that 
 inside that function, so that a rival that is not installed is a row that says so.
 
 What is no cache, and cannot run beside kvplug, has `answers(model, prompt, asks)` in its place:
-suite `retrieval` asks it, with `prompt` and `asks` as `_kvpress_worker.py` explains.
+suites `retrieval` and `unseen` ask it, with `prompt` and `asks` as `_kvpress_worker.py` explains.
 
 A file here whose name does not begin with `_` is one. So is a module of another distribution under
 the entry point `<who>_<what>`.

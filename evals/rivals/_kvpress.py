@@ -1,8 +1,8 @@
 """kvpress (github.com/NVIDIA/kvpress) behind a pipe: it needs transformers < 5.3, kvplug a newer.
 
 It compresses a prompt in hooks of the model's layers and is no cache; so it is given the texts and
-questions of suite `retrieval`, and says what it found. The interpreter of an environment of its own
-stands in `EVALS_KVPRESS`; both run the same weights, in float32.
+questions of suites `retrieval` and `unseen`, and says what it found. The interpreter of an
+environment of its own stands in `EVALS_KVPRESS`; both run the same weights, in float32.
 """
 
 from __future__ import annotations

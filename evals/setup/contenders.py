@@ -69,7 +69,9 @@ class Outside(Rival):
 
     def build(self, config: PreTrainedConfig, max_cache_len: int) -> Cache:
         """Raise a `ConfigError`: there is none to be built."""
-        raise ConfigError(f"{self.name} is no cache: only suite 'retrieval' measures it")
+        raise ConfigError(
+            f"{self.name} is no cache: only suites 'retrieval' and 'unseen' measure it"
+        )
 
     def answers(
         self, model: PreTrainedModel, prompt: list[int], asks: list[dict[str, Any]]

@@ -68,53 +68,66 @@ class Answer(NamedTuple):
 
 def tasks(session: Session) -> Iterator[Task]:
     """Yield a task per contender, exact one first, and length."""
+    return of_texts(session, "retrieval")
+
+
+def of_texts(session: Session, suite: str, *, in_prompt: bool = True) -> Iterator[Task]:
+    """Yield a suite's task per contender and length; without `in_prompt` words are asked for after
+    the text alone.
+    """
     hay, config = Haystack(session), session.config
-    passes = config.trials * (len(DEPTHS) + 1)
+    passes = config.trials * (len(DEPTHS) * in_prompt + 1)
     for contender in session.contenders:
         for length in config.context:
             hay.trial(length, DEPTHS, 0)  # refuses a length that is too small, before any work
             yield Task(
-                f"retrieval/t{length}/{file_name(contender.name)}",
+                f"{suite}/t{length}/{file_name(contender.name)}",
                 f"{contender.name}, length {length:,}",
                 contender,
-                lambda cell=(contender, length): measure(session, hay, *cell),
-                seconds(session, contender, length),
+                lambda cell=(contender, length, in_prompt): measure(session, hay, *cell),
+                seconds(session, contender, length, in_prompt),
                 2 * session.filler.exact_bytes(1, length),
                 passes,
                 shared=True,
             )
 
 
-def seconds(session: Session, contender: Contender, length: int) -> float:
+def seconds(session: Session, contender: Contender, length: int, in_prompt: bool = True) -> float:
     """Predict the time of one contender at one length."""
-    texts = session.config.trials * ((1 if waits(contender) else len(DEPTHS)) + 1)
-    return texts * (
-        session.predict.answer(contender, 1, length, 0) + session.machine.prefill(ANSWER)
+    texts = 1 + len(DEPTHS) * (in_prompt and not waits(contender))
+    questions = len(DEPTHS) * (1 + in_prompt)
+    return session.config.trials * (
+        texts * session.predict.answer(contender, 1, length, 0)
+        + questions * session.machine.prefill(ANSWER)
     )
 
 
 def measure(
-    session: Session, hay: Haystack, contender: Contender, length: int
+    session: Session, hay: Haystack, contender: Contender, length: int, in_prompt: bool = True
 ) -> Iterator[dict[str, Any]]:
-    """Yield what was held, and the share found per depth, asked in the prompt and after it."""
+    """Yield what was held, and the share found per depth: `in_prompt`, and after the text."""
     before: list[Answer] = []
     after: list[Answer] = []
     for number in range(session.config.trials):
         trial = hay.trial(length, DEPTHS, number)
-        for answer in asked(session, contender, trial, length):
-            before.append(answer)
-            session.tick()
-        after += answers(session, contender, trial, length)
+        text = begun(session, contender, trial, length)
+        if in_prompt:
+            for answer in asked(session, contender, trial, length, text):
+                before.append(answer)
+                session.tick()
+        after += answers(session, contender, trial, length, text)
         session.tick()
     place = {"batch": 1, "context": length}
     for metric in ("bytes_held", "tokens_held"):
-        samples = [answer.told[metric] for answer in before]
-        yield at(measured(metric, *samples, stats=before[-1].told), **place)
+        held = before or after
+        samples = [answer.told[metric] for answer in held]
+        yield at(measured(metric, *samples, stats=held[-1].told), **place)
     kinds = {
-        "retrieval_asked": [(one, one.listed) for one in before],
         "retrieval": [(one, one.listed) for one in after],
         "retrieval_greedy": [(one, one.greedy) for one in after],
     }
+    if in_prompt:
+        kinds = {"retrieval_asked": [(one, one.listed) for one in before]} | kinds
     for metric, all_of_it in kinds.items():
         for depth in DEPTHS:
             hits = [float(hit) for one, hit in all_of_it if one.depth == depth]
@@ -123,25 +136,33 @@ def measure(
             yield at(row, **place, case={"length": length, "depth": depth, "keys": len(DEPTHS)})
 
 
-def asked(session: Session, contender: Contender, trial: Trial, length: int) -> Iterator[Answer]:
-    """Yield what comes of each question at the end of a prompt of its own.
-
-    Who leaves a text as it is until the question has come reads it once for all of them.
+def begun(session: Session, contender: Contender, trial: Trial, length: int) -> Cache | None:
+    """Return what has read a text but for its last token, for all questions, of who leaves it as it
+    is until the end of the prompt has come; None of others, which read every prompt.
     """
-    text = None
-    if waits(contender):
-        text = contender.build(session.model.config, length)
-        prompt(session, text, trial.context, len(trial.context) + 1)
+    if not waits(contender):
+        return None
+    text = contender.build(session.model.config, length)
+    prompt(session, text, trial.context[:-1], len(trial.context))
+    return text
+
+
+def asked(
+    session: Session, contender: Contender, trial: Trial, length: int, text: Cache | None = None
+) -> Iterator[Answer]:
+    """Yield what comes of each question at the end of a prompt of its own; text: `begun`."""
     for question in trial.questions:
         whole = trial.context + question.tokens
         asks = [(question, question.lead)]
         yield from answered(session, contender, whole, asks, length, text)
 
 
-def answers(session: Session, contender: Contender, trial: Trial, length: int) -> Iterator[Answer]:
-    """Yield what comes of each question after the text, each to the same cache."""
+def answers(
+    session: Session, contender: Contender, trial: Trial, length: int, text: Cache | None = None
+) -> Iterator[Answer]:
+    """Yield what comes of each question after the text, each to the same cache; text: `begun`."""
     asks = [(question, question.tokens + question.lead) for question in trial.questions]
-    yield from answered(session, contender, trial.context, asks, length)
+    yield from answered(session, contender, trial.context, asks, length, text)
 
 
 def waits(contender: Contender) -> bool:
@@ -158,11 +179,11 @@ def answered(
     text: list[int],
     asks: list[tuple[Question, list[int]]],
     length: int,
-    begun: Cache | None = None,
+    read: Cache | None = None,
 ) -> Iterator[Answer]:
     """Yield what comes of each question, with the tokens that are fed behind a text to ask it.
 
-    begun: what has read the text so far that it has, to be copied
+    read: what has read the text so far that it has, to be copied
     """
     if isinstance(contender, Outside):
         behind = [{"more": tokens, "choices": one.choices} for one, tokens in asks]
@@ -170,7 +191,7 @@ def answered(
         for (question, _), found in zip(asks, told.pop("answers"), strict=True):
             yield Answer(question.depth, found["listed"], found["greedy"], told)
         return
-    cache = copy.deepcopy(begun)
+    cache = copy.deepcopy(read)
     if cache is None:
         cache = contender.build(session.model.config, length)
     prompt(session, cache, text[cache.get_seq_length() :], len(text))
@@ -214,22 +235,23 @@ def pooled(rows: list[Row]) -> list[Row]:
     return whole
 
 
-def tables(config: dict[str, Any], rows: list[Row]) -> list[Table]:
+def tables(config: dict[str, Any], rows: list[Row], *, in_prompt: bool = True) -> list[Table]:
     """Return a table per length."""
     made = [
         by_strategy(f"{length:,} tokens", pooled([r for r in rows if r["context"] == length]))
         for length in sorted({row["context"] for row in rows})
     ]
     if made:
-        made[-1] = made[-1]._replace(notes=[method(config)])
+        made[-1] = made[-1]._replace(notes=[method(config, in_prompt)])
     return made
 
 
-def method(config: dict[str, Any]) -> str:
+def method(config: dict[str, Any], in_prompt: bool = True) -> str:
     """Return how words were asked for."""
+    held = "a prompt with its question" if in_prompt else "the text"
     return (
         f"Words: {config['trials']} texts of {len(TEMPLATES)} templates, {len(DEPTHS)} words "
         f"hidden in each, none in its last eighth; {NOTES['retrieval']}; 95 % interval (Wilson). "
-        "Held, and tokens a head: of a prompt with its question. Words found: each question comes "
+        f"Held, and tokens a head: of {held}. Words found: each question comes "
         "to what is held of the text without it."
     )

@@ -139,7 +139,7 @@ def test_without_its_environment_its_row_says_how_to_make_one(session, monkeypat
     (_, rival) = resolve(["kvpress:snapkv"])
     with pytest.raises(RuntimeError, match=r"pip install torch kvpress==0\.5\.5"):
         rival.answers(session.model, [1, 2, 3], [])
-    with pytest.raises(ConfigError, match="only suite 'retrieval' measures it"):
+    with pytest.raises(ConfigError, match="only suites 'retrieval' and 'unseen'"):
         rival.build(session.model.config, 8)
 
 

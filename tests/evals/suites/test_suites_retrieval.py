@@ -64,12 +64,13 @@ def test_a_text_that_is_read_once_for_all_questions_answers_as_whole_prompts_do(
     (*_, contender) = resolve([spec])
     assert retrieval.waits(contender)
     trial = Haystack(session).trial(200, retrieval.DEPTHS, 0)
-    together = list(retrieval.asked(session, contender, trial, 200))
-    for question, answer in zip(trial.questions, together, strict=True):
-        prompt, asks = trial.context + question.tokens, [(question, question.lead)]
-        (alone,) = retrieval.answered(session, contender, prompt, asks, 200)
-        assert answer[:3] == alone[:3]
-        assert answer.told.get("retention") == alone.told.get("retention")
+    text = retrieval.begun(session, contender, trial, 200)
+    for ask in (retrieval.asked, retrieval.answers):
+        together = ask(session, contender, trial, 200, text)
+        alone = ask(session, contender, trial, 200)
+        for one, other in zip(together, alone, strict=True):
+            assert one[:3] == other[:3]
+            assert one.told.get("retention") == other.told.get("retention")
 
 
 def test_who_drops_or_encodes_before_the_question_reads_each_prompt():
@@ -112,6 +113,28 @@ def test_retrieval_end_to_end(needles, words, tmp_path, console):
     table = (folder / "table.md").read_text()
     assert "words found, asked in the prompt ↑ | words found ↑ |" in table
     assert "**144 tokens**" in table
+
+
+def test_unseen_asks_after_the_text_alone_and_finds_as_much(needles, words, tmp_path, console):
+    chosen = "expected(budget=90, every=16, recent=16)"
+    config = replace(needles, strategies=(chosen,), context=(200,))
+    _, both = tiny_run.measured(config, tmp_path / "both", console)
+    folder, rows = tiny_run.measured(replace(config, suite="unseen"), tmp_path / "one", console)
+    assert {row["metric"] for row in rows} == {row["metric"] for row in both} - {"retrieval_asked"}
+
+    def found(rows):
+        return [
+            (row["strategy"], row["metric"], row["case"], row["value"])
+            for row in rows
+            if row["metric"] in ("retrieval", "retrieval_greedy")
+        ]
+
+    assert found(rows) == found(both)
+    held = {row["strategy"]: row["value"] for row in rows if row["metric"] == "tokens_held"}
+    assert held[chosen] < 90 + 16 < held[EXACT]
+    table = (folder / "table.md").read_text()
+    assert "asked in the prompt" not in table
+    assert "a head: of the text." in table
 
 
 def test_shares_of_all_depths_are_one_share():
