@@ -70,7 +70,8 @@ class Cache(transformers.Cache):
         """What ran: calls per kernel, dense copies by cause, blocks encoded; and the full spec.
 
         `blocks_for_queries`: those of them whose keys were rounded for queries of attention.
-        `widened`: codecs that layers have for keys that need more bits than were asked for, with
+        `swinging`: whether keys of some layer swung within a block, and may lose more than those of
+        other models. `widened`: codecs that such layers have where fewer bits were asked for, with
         the numbers of these layers. `chosen`: why `auto` took it; None where the caller has named
         it. `retention`, of methods that choose by content: the `budget`, the `evictions` of a
         layer, and the tokens `asked` and `kept` by layer and head (None of a layer that chooses

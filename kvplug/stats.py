@@ -21,7 +21,7 @@ class Stats:
         self.materialised: Counter[str] = Counter()
         self.blocks_encoded = 0
         self.blocks_for_queries = 0  # of these: keys rounded for the queries that attention showed
-        self.widened = False  # whether some layer has had more bits than were asked for
+        self.swinging = False  # whether keys of some layer have swung: `codecs/guard.py`
         self.other_questions = 0  # prompts given to what had been chosen for an earlier one
 
     def materialise(self, reason: str) -> None:
@@ -34,17 +34,17 @@ class Stats:
             )
         self.materialised[reason] += 1
 
-    def widen(self, codec: Codec, given: Codec) -> None:
-        """Say once that a layer's keys get more bits than were asked for."""
-        if not self.widened:
+    def swing(self, codec: Codec, given: Codec) -> None:
+        """Say once that keys of a layer swing, and by what they are encoded."""
+        if not self.swinging:
             logger.warning(
                 "kvplug: keys of this model swing within a block, as a large bias that positions "
-                "turn makes them, and %s has too few bits for that: such layers get %s; "
-                "stats()['widened'] says which, and strict=True refuses",
-                given,
+                "turn makes them, and may lose more than those of other models: such layers get "
+                "%s (%s was asked for); strict=True refuses",
                 codec,
+                given,
             )
-        self.widened = True
+        self.swinging = True
 
     def ask_again(self, retention: Retention) -> None:
         """Count a prompt for which retention did not choose what is held; say so once."""
@@ -63,5 +63,6 @@ class Stats:
             "materialised": dict(self.materialised),
             "blocks_encoded": self.blocks_encoded,
             "blocks_for_queries": self.blocks_for_queries,
+            "swinging": self.swinging,
             "other_questions": self.other_questions,
         }

@@ -72,6 +72,7 @@ def test_such_keys_have_8_bits_and_an_error_of_as_many(caplog):
     layer = filled("int4(tail=0, first=0)", keys)
     assert layer.strategy.codec == kvplug.parse("int(tail=0, first=0, k_bits=8)").codec
     assert "such layers get int(tail=0, first=0, k_bits=8)" in caplog.text
+    assert layer.stats.swinging
     assert (layer.keys - keys).abs().max() < 0.5
     assert not same(layer.keys, keys)
     layer.reset()
@@ -80,13 +81,25 @@ def test_such_keys_have_8_bits_and_an_error_of_as_many(caplog):
     assert layer.strategy.codec.k_bits == 4
 
 
-def test_strict_refuses_and_says_what_would_do():
-    spec = "int3(tail=0, first=0, strict=True)"
+@pytest.mark.parametrize("name", ["int3", "int8"])
+def test_strict_refuses_and_says_what_would_do(name):
+    spec = f"{name}(tail=0, first=0, strict=True)"
     filled(spec, normal(1, 2, 64, 64, seed=1))
     with pytest.raises(kvplug.SpecError) as e:
         filled(spec, swinging(30, 20))
-    assert str(e.value).startswith("int3(tail=0, first=0, strict=True): keys of this model swing")
-    assert "use 'int(tail=0, first=0, k_bits=8, v_bits=3" in str(e.value)
+    assert str(e.value).startswith(f"{name}(")
+    assert "strict=True): keys of this model swing within a block" in str(e.value)
+    assert "use 'growing', which is exact, or leave out strict" in str(e.value)
+
+
+@pytest.mark.parametrize("name", ["int8", "k8v4"])
+def test_keys_that_have_8_bits_already_are_told_of(name, caplog):
+    layer = filled(f"{name}(tail=0, first=0)", normal(1, 2, 64, 64, seed=1))
+    assert not layer.stats.swinging
+    layer = filled(f"{name}(tail=0, first=0)", swinging(30, 20))
+    assert layer.stats.swinging
+    assert layer.strategy.codec == layer.slot.strategy.codec
+    assert "keys of this model swing" in caplog.text
 
 
 @pytest.mark.parametrize("layout", ["growing", "static"])
@@ -102,6 +115,7 @@ def test_a_cache_says_so_and_copies_go_on(layout):
         assert cache.stats()["widened"] == wide
         twin = copy.deepcopy(cache)
         assert twin.stats()["widened"] == wide
+        assert cache.stats()["swinging"] is twin.stats()["swinging"] is True
         more = prompt(20, seed=1)
         a, b = (model(more, **cache_argument(x)).logits for x in (cache, twin))
         assert same(a, b)
@@ -111,6 +125,7 @@ def test_a_cache_says_so_and_copies_go_on(layout):
     plain = kvplug.build(spec, model.config, max_cache_len=96)
     model(ids, **cache_argument(plain))
     assert plain.stats()["widened"] == {}
+    assert plain.stats()["swinging"] is False
 
 
 def test_chunks_of_a_store_have_the_width_they_were_stored_with():

@@ -3,7 +3,8 @@ own exact cache.
 
 A constant of 10 and 100 times the root mean square of a layer's keys, in one channel of each head:
 the slowest that rotary positions turn (`low`), and one that goes round within a block (`mid`).
-Layers whose keys were given more bits than asked for (`stats()["widened"]`) are counted.
+Layers whose keys were given more bits than asked for (`stats()["widened"]`) are counted, and where
+there are no more to give it says that keys swing (`stats()["swinging"]`).
 """
 
 from __future__ import annotations
@@ -85,17 +86,23 @@ def of(session: Session, label: str, period: float, times: float) -> Iterator[di
 
 
 def tables(config: dict[str, Any], rows: list[Row]) -> list[Table]:
-    """Return KL per contender and variant, and how many layers were given more bits."""
+    """Return KL per contender and variant, and what the guard did."""
     labels = [label for label, _, _ in variants()]
     kl: dict[str, dict[str, str]] = {}
     exact: dict[str, str] = {}
     for row in rows:
         if row["metric"] == "kl":
-            wide = sum(map(len, (row["stats"] or {}).get("widened", {}).values()))
-            said = f"{row['value']:.6f}" + (f", {wide} layers wider" if wide else "")
-            kl.setdefault(row["strategy"], {})[row["case"]] = said
+            kl.setdefault(row["strategy"], {})[row["case"]] = f"{row['value']:.6f}{_told(row)}"
         elif row["metric"] == "perplexity" and row["strategy"] == EXACT:
             exact[row["case"]] = f"{row['value']:.2f}"
     body = [["perplexity of the exact cache", *(exact.get(label, "-") for label in labels)]]
     body += [[name, *(own.get(label, "-") for label in labels)] for name, own in kl.items()]
     return [Table("KL on each variant, nat ↓", ["strategy", *labels], body, [drift.method(config)])]
+
+
+def _told(row: Row) -> str:
+    stats = row["stats"] or {}
+    wide = sum(map(len, stats.get("widened", {}).values()))
+    if wide:
+        return f", {wide} layers wider"
+    return ", keys swing" if stats.get("swinging") else ""

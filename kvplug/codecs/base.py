@@ -86,17 +86,21 @@ class Codec(Stage):
         """
         return [self] * len(layers)
 
-    def fitting(self, keys: Tensor) -> Codec:
-        """What serves a layer whose first blocks hold such keys [B, H, N, block, Dk].
+    def hostile(self, keys: Tensor) -> bool:
+        """Whether a layer whose first blocks hold such keys [B, H, N, block, Dk] would lose more
+        than others by this codec.
+        """
+        return False
 
-        Itself, or one that differs in its widths alone.
+    def for_hostile(self) -> Codec:
+        """What serves such a layer: itself, or one that differs in its widths alone.
 
         Raises SpecError where such keys are refused.
         """
         return self
 
     def that_made(self, data: Encoded) -> Codec:
-        """The one of those that `fitting` gives which has encoded these blocks."""
+        """This one or `for_hostile`, whichever has encoded these blocks."""
         return self
 
     def encode_keys(self, keys: Tensor, moment: Tensor) -> Encoded:

@@ -59,7 +59,8 @@ class Rotated(Codec):
     that shows a cache no query are rounded to the nearest code. `stats()` counts both.
 
     Where the first blocks of a layer (under `static` those of its first call) have keys that swing
-    (`guard.py`), all of its keys have 8 bits; `stats()` says so, and `strict` refuses them.
+    (`guard.py`), all of its keys have 8 bits. That is the most there is, and may still lose more
+    than on other models: `stats()` says so, and `strict` refuses such keys.
 
     Error of what was turned: keys scale / 2, or scale where they are rounded for queries; values
     half a step, one step where a number was cut off. Departures: widths of K and V apart, and
@@ -78,7 +79,7 @@ class Rotated(Codec):
     )
 
     strict: bool = option(
-        False, "refuse keys that need more bits, rather than give them", passing=True
+        False, "refuse keys that swing, rather than give them 8 bits", passing=True
     )
 
     @cached_property  # asked in every call of a kernel
@@ -104,18 +105,18 @@ class Rotated(Codec):
             Rotated(**given | {"k_bits": k, "v_bits": v}) for k, v in (x or rest for x in found)
         ]
 
-    def fitting(self, keys: Tensor) -> Codec:
-        """With keys of 8 bits, where `guard.swings` says so."""
-        if self.k_bits == 8 or not swings(_turn(keys[:, :, :JUDGED])):
-            return self
-        wide = self._wide(8)
+    def hostile(self, keys: Tensor) -> bool:
+        return swings(_turn(keys[:, :, :JUDGED]))
+
+    def for_hostile(self) -> Codec:
+        """With keys of 8 bits."""
         if self.strict:
             raise SpecError(
                 f"{self}: keys of this model swing within a block, as a large bias that positions "
-                f"turn makes them; {self.k_bits} bits are too few: use {str(wide)!r}, or leave out "
-                "strict"
+                "turn makes them, and no width is sure to hold that: use 'growing', which is "
+                "exact, or leave out strict: they then have 8 bits"
             )
-        return wide
+        return self._wide(8)
 
     def that_made(self, data: Encoded) -> Codec:
         return self._wide(data["k_codes"].shape[-1] * 8 // self.block)

@@ -112,13 +112,23 @@ class AttentionLayer(RowOperations):
         """What encodes: one codec, or of a layer in groups of heads each group's."""
         return {self.strategy.codec}
 
-    def _take(self, codec: Codec) -> None:
-        """Encode by this one, of those that the layer's own gives, from the first block on."""
+    def _judge(self, keys: Tensor) -> None:
+        """Take the codec that serves first blocks with such keys [B, H, N, block, Dk]."""
         own = self.slot.strategy.codec
+        if not own.hostile(keys):
+            self._take(own)
+            return
+        self._take(own.for_hostile())
+        self.slot.stats.swing(self.strategy.codec, own)
+
+    def _take(self, codec: Codec) -> None:
+        """Encode by this one, the layer's own or what that has for hostile keys, from the first
+        block on.
+        """
         if codec != self.strategy.codec:
             self.strategy = self.strategy.replace(codec=codec)
-            if codec != own:
-                self.slot.stats.widen(codec, own)
+            if codec != self.slot.strategy.codec:
+                self.slot.stats.swing(codec, self.slot.strategy.codec)
 
     def encoded(self) -> tuple[int, int, Encoded | None]:
         """The first column that lies in a block, the first after these, and the blocks."""

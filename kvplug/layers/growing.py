@@ -321,8 +321,8 @@ class Layer(Chunked, CacheLayerMixin):
             rows = self.tail.read(front, front + n * codec.block)
             keys, values = (rows[x].unflatten(2, (n, codec.block)) for x in ("k", "v"))
             if not self.blocks.tensors:
-                codec = self.slot.strategy.codec.fitting(keys)
-                self._take(codec)
+                self._judge(keys)
+                codec = self.strategy.codec
             moment = self._moment(queries) if queries is not None and codec.feedback else None
             self.blocks.append(codec.encode(keys, values, moment))
             self.tail.drop_first(front + n * codec.block)

@@ -67,7 +67,7 @@ class StaticCodedLayer(StaticLayer):
             codec, F = self.strategy.codec, self.first
             if n := max(0, key_states.shape[2] - F - codec.tail) // codec.block:
                 keys = key_states[:, :, F : F + n * codec.block].unflatten(2, (n, codec.block))
-                self._take(codec.fitting(keys))
+                self._judge(keys)
         return super().update(key_states, value_states, *args, **kwargs)
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:

@@ -21,6 +21,13 @@ DEFECTS = [
         ("tests/test_guard.py",),
     ),
     Defect(
+        "keys of 8 bits are not said to swing",
+        "kvplug/codecs/rotated.py",
+        "return swings(_turn",
+        "return self.k_bits < 8 and swings(_turn",
+        ("tests/test_guard.py",),
+    ),
+    Defect(
         "blocks that are loaded are read at the width asked for",
         "kvplug/codecs/rotated.py",
         'return self._wide(data["k_codes"].shape[-1] * 8 // self.block)',

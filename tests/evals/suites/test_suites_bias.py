@@ -51,3 +51,6 @@ def test_each_variant_has_its_own_exact_run(needles, tmp_path, console):
     assert wide == {("int4", "mid x10"), ("int4", "mid x100")}
     page = (folder / "table.md").read_text(encoding="utf-8")
     assert " layers wider |" in page
+    told = {place for place, row in kl.items() if row["stats"]["swinging"]}
+    assert told == wide | {("int8", "mid x10"), ("int8", "mid x100")}
+    assert " keys swing |" in page
