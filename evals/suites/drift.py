@@ -130,7 +130,7 @@ def by_range(rows: list[Row], metric: str, title: str) -> Table:
     found = {
         (row["strategy"], row["case"]): COLUMNS[metric][1](row, None)
         for row in rows
-        if row["metric"] == metric and row["case"]
+        if row["metric"] == metric and isinstance(row["case"], str)  # a dict is no range
     }
     labels = list(dict.fromkeys(case for _, case in found))
     body = [

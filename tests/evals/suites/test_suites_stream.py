@@ -6,7 +6,7 @@ import pytest
 import tiny_run
 
 from evals.setup.contenders import resolve
-from evals.suites import stream
+from evals.suites import drift, stream
 
 pytestmark = pytest.mark.usefixtures("offline")
 
@@ -31,6 +31,14 @@ def test_what_is_lost_is_lost_where_it_was_dropped(config, tmp_path, console):
     table = (folder / "table.md").read_text()
     assert "KL by position" in table
     assert "top-1 by position" in table
+
+
+def test_what_is_no_range_of_positions_has_no_column():
+    cases = (None, {"layer": 0, "bits": 3}, "256-512")
+    rows = [{"strategy": "int4", "metric": "kl", "value": 1e-3, "case": case} for case in cases]
+    table = drift.by_range(rows, "kl", "KL")
+    assert table.head == ["strategy", "256-512"]
+    assert table.body == [["int4", "0.001000"]]
 
 
 def test_rows_by_default_can_be_built():
