@@ -27,6 +27,9 @@ METRICS = {
         "ms", "lower", "added to a prompt, beyond the exact cache: what is encoded, encoded"
     ),
     "encode_share": Metric("%", "lower", "the same in percent of the exact cache's prefill"),
+    "encode_token": Metric(
+        "ms/token", "lower", "blocks that decoding fills, encoded, over all tokens decoded"
+    ),
     "first_token": Metric("s", "lower", "`generate` of one token, the whole prompt included"),
     "reused": Metric("tokens", "higher", "of a prompt, a row, that came from the store"),
     "reused_share": Metric("1", "higher", "of all prompts' tokens, those that came from the store"),

@@ -80,6 +80,7 @@ COLUMNS: dict[str, tuple[str, Show]] = {
     "prefill": ("prefill, s", number(2)),
     "encode": ("added, ms (p20-p80)", spread),
     "encode_share": ("of prefill, %", number(1)),
+    "encode_token": ("added, ms/token decoded", number(3)),
     "decode": ("decode, ms/token (p20-p80)", spread),
     "choosing_prefill": ("choosing, % of prefill (p20-p80)", spread),
     "choosing_decode": ("choosing, % of decode (p20-p80)", spread),

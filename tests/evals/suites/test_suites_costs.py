@@ -1,6 +1,7 @@
 """Suites end to end on a tiny model: decode, kernel, memory, drift, prefill, prefix and replay."""
 
 import itertools
+import time
 from dataclasses import replace
 from importlib.util import find_spec
 from unittest import mock
@@ -237,6 +238,25 @@ def test_encode_end_to_end(config, tmp_path, console, add_rival):
     assert 100 < figure["slow:cache", "encode"]["value"] < 200, "two layers"
     assert figure["failing:card", None]["error"] == "RuntimeError: no card"
     assert "| `slow:cache` | - | 1" in table
+    assert {name for name, metric in figure if metric == "encode_token"} == {"int4"}
+    assert figure["int4", "encode_token"]["n"] == encode.BLOCKS
+
+
+def test_encode_counts_what_a_block_takes_once_over_its_tokens(session, monkeypatch):
+    codec = kvplug.parse("int4").codec
+    encoded = type(codec).encode
+
+    def slow(*args):
+        time.sleep(0.064)
+        return encoded(*args)
+
+    monkeypatch.setattr(type(codec), "encode", slow)
+    (exact, int4) = resolve(["int4"])
+    states = exact_states(session.model, exact, session.ids[:100])
+    samples = encode.per_token(session, int4, states)
+    assert len(samples) == encode.BLOCKS
+    for ms in samples:
+        assert ms == pytest.approx(64 * len(states) / codec.block, rel=0.5)
 
 
 def test_encode_encodes_what_a_prefill_does(session):
