@@ -171,7 +171,9 @@ def _obstacle(
     text = model.config.get_text_config(decoder=True)
     kinds = {type(x).__name__ for x in cache.layers if not getattr(x, "by_chunks", False)}
     distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-    given = {name for name, x in kwargs.items() if x is not None and x is not False}
+    # what was made of pictures is a dict, empty where there are none
+    empty = {name for name, x in kwargs.items() if isinstance(x, dict) and not x}
+    given = {name for name, x in kwargs.items() if x is not None and x is not False} - empty
     other = sorted(given - ALLOWED - set(compat.CACHE_ARGUMENTS))
     for obstacle, reason in (
         (model.config.is_encoder_decoder, "encoder-decoder"),
@@ -196,7 +198,7 @@ def _obstacle(
     if mask.shape != ids.shape or (mask.diff(dim=-1) < 0).any() or not mask[:, -1].all():
         return "a mask with holes"
     if positions is not None:
-        plain = positions.dim() == 2 and positions.shape[-1] == ids.shape[-1]
+        plain = positions.shape[-1] == ids.shape[-1]
         if not plain or ((positions != _positions(mask)) & mask.bool()).any():
             return "own position ids"
     if not mask.all():
@@ -257,8 +259,9 @@ class _Plan:
                 a, b = self.end(i) if i else 0, self.end(i + 1)
                 of_chunk = dict(kwargs) | {"attention_mask": torch.ones_like(ids[:, :b])}
                 compat.put_cache(of_chunk, self.cache, own)
-                if kwargs.get("position_ids") is not None:
-                    of_chunk["position_ids"] = torch.arange(a, b, device=ids.device)[None]
+                if (positions := kwargs.get("position_ids")) is not None:
+                    columns = torch.arange(a, b, device=ids.device)
+                    of_chunk["position_ids"] = columns.expand(*positions.shape[:-2], 1, -1)
                 if "logits_to_keep" in kwargs:  # of which a chunk needs none
                     of_chunk["logits_to_keep"] = torch.arange(0, device=ids.device)
                 prefill(ids[:, a:b], config, of_chunk)
@@ -352,5 +355,7 @@ def _behind(n: int, rows: list[Tensor], ids: Tensor, kwargs: dict[str, Any]) -> 
     padding = L - mask.sum(-1, keepdim=True)
     column = torch.arange(L, device=mask.device)
     kwargs["attention_mask"] = ((column < n) | (column >= n + padding)).to(mask.dtype)
-    kwargs["position_ids"] = _positions(kwargs["attention_mask"])
+    positions = _positions(kwargs["attention_mask"])
+    planes = kwargs["position_ids"].shape[:-2]
+    kwargs["position_ids"] = positions.expand(*planes, *positions.shape)
     return torch.stack(moved)

@@ -10,7 +10,7 @@ from asked import answer, equal, rows
 import kvplug
 from kvplug.compat import cache_argument, output_cache
 from kvplug.store import record
-from kvplug.testing.architectures import make
+from kvplug.testing.architectures import ARCHITECTURES, make
 from kvplug.testing.pairs import pairwise
 from kvplug.testing.tools import left_padded, prompt, same, tiny_llama
 
@@ -123,6 +123,24 @@ def test_sliding_layers(spec, reused, window):
     padded = left_padded([prompt(58)[0], prompt(40)[0]])
     answer(model, padded, spec, {"store": store}, **options)
     assert store.stats()["fallbacks"] == {"padding beside sliding windows": 1}
+
+
+@pytest.mark.parametrize(
+    ("name", "lengths"), [("llava", [45, 52]), ("qwen2_vl", [45, 52]), ("gemma3, pictures", [45])]
+)
+def test_models_of_text_and_pictures(name, lengths):
+    """A prompt without a picture is as any other; one with a picture goes the plain way."""
+    model, store = make(name), kvplug.Store("memory://")
+    inputs, spec, options = rows(*lengths), "exact(block=8)", {"pad_token_id": 0}
+    cold, warm = (answer(model, inputs, spec, {"store": store}, **options) for _ in range(2))
+    assert store.stats()["reused_tokens"] == 32 * len(lengths)
+    assert equal(warm, cold)
+    assert torch.equal(cold[0], answer(model, inputs, **options)[0])
+    assert not store.stats()["fallbacks"]
+    saved, seen = store.stats()["saved"], ARCHITECTURES[name].media(prompt(45))
+    told = answer(model, seen, spec, {"store": store}, **options)
+    assert equal(told, answer(model, seen, spec, **options))
+    assert (store.stats()["saved"], *store.stats()["fallbacks"].values()) == (saved, 1)
 
 
 def test_calls_that_a_store_does_not_serve(model):
