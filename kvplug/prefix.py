@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import os
 from dataclasses import dataclass
 from functools import cache as once
 from typing import TYPE_CHECKING, Any
@@ -140,7 +141,7 @@ def fill(
     filled: dict[tuple[int, ...], Cache] = {}
     for row in own:
         if row not in filled:  # beams are one prompt, computed once
-            filled[row] = cache if len(own) == 1 else _twin(cache)
+            filled[row] = cache if len(own) == 1 else _twin(cache, n)
             plan.fill(filled[row], row, config, kwargs, prefill)
     if len(own) > 1:
         twins = [filled[row] for row in own]
@@ -254,7 +255,9 @@ class _Plan:
         keys = stores.keys.chain(begin[0] if begin else self.root, row[self.first :], self.chunk)
         done = self._load(own, keys)
         ids = torch.tensor([row], device=self.model.device)
-        with stores.behind(self.reuse.store.save, WAITING) as save:
+        # a thread that takes a core from torch's makes each of them wait for it
+        spare = ids.device.type != "cpu" or torch.get_num_threads() < (os.cpu_count() or 1)
+        with stores.behind(self.reuse.store.save, WAITING if spare else 0) as save:
             for i in range(done, len(keys)):
                 a, b = self.end(i) if i else 0, self.end(i + 1)
                 of_chunk = dict(kwargs) | {"attention_mask": torch.ones_like(ids[:, :b])}
@@ -321,11 +324,12 @@ def load_chunks(
         raise ValueError("layers are missing")
 
 
-def _twin(cache: Cache) -> Cache:
-    """An empty cache built alike, for one row; what it does is counted by the first."""
+def _twin(cache: Cache, tokens: int) -> Cache:
+    """An empty cache built alike, for one row of so many; what it does is counted by the first."""
     shared = (cache._stats, cache.reuse.store)
     twin = copy.deepcopy(cache, {id(x): x for x in shared})
     twin.reset()
+    twin.expect(tokens)
     return twin
 
 

@@ -31,6 +31,22 @@ def test_crop_takes_a_tensor(spec):
         cache.crop(torch.tensor(3))
 
 
+def test_a_prompt_in_pieces_has_room_from_the_first_on():
+    """No piece moves what came before it; what comes after the prompt takes room as ever."""
+    cache = kvplug.build("growing", tiny_llama().config)
+    layer = cache.layers[0]
+    for length in (40, 70):  # and after `reset` anew
+        cache.reset()
+        cache.expect(length)
+        places = set()
+        for _ in range(4):
+            layer.update(torch.ones(1, 2, 10, 16), torch.ones(1, 2, 10, 16))
+            places.add(layer.tail.tensors["k"].data_ptr())
+        assert (len(places), layer.tail.capacity) == (1, length)
+    layer.update(torch.ones(1, 2, 33, 16), torch.ones(1, 2, 33, 16))
+    assert layer.tail.capacity >= 73
+
+
 @pytest.mark.parametrize("spec", ["int8(block=8)", "static+int8(block=8)", "exact(block=8)+host"])
 def test_a_forward_pass_with_gradients_leaves_no_graph_behind(spec):
     """Where a cache passes none; the others are tested with `test_gradients`."""

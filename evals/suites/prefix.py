@@ -3,8 +3,8 @@
 Cases of each strategy: `alone`, a call without a store; `first`, one whose store, a folder, is
 empty; `memory`, `file` and `redis` (a server of its own on this machine), one whose prompt is there
 but for the end. Shorter prompts than a chunk have shorter chunks, to see from which length on reuse
-pays. The rival beside them is the recipe that transformers documents: a copy of a cache that holds
-the beginning, `copied`.
+pays. The rivals beside them are transformers' own: a copy of a cache that holds the beginning, its
+documented recipe, `copied`; and its `prefill_chunk_size`, `cut`: what chunks cost without a store.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def tasks(session: Session) -> Iterator[Task]:
     """Yield a task per batch and context, all contenders in it."""
     for batch, context, note in session.cells():
         each = 2 + len(STORED)
-        calls = (1 + session.config.repeats) * (3 + each * (len(session.contenders) - 1))
+        calls = (1 + session.config.repeats) * (4 + each * (len(session.contenders) - 1))
         yield Task(
             f"prefix/b{batch}/t{context}",
             f"batch {batch}, a prompt of {context:,}",
@@ -80,6 +80,7 @@ def measure(
         calls |= {(Same(), "alone"): alone(session, exact, prompt)}
         if context > chunk:
             calls |= {(exact, "copied"): copied(session, prompt, chunk)}
+            calls |= {(exact, "cut"): alone(session, exact, prompt, prefill_chunk_size=chunk)}
         stores: dict[tuple, kvplug.Store] = {}
         for i, contender in enumerate(others):
             calls[contender, "alone"] = alone(session, contender, prompt)
@@ -143,11 +144,14 @@ def ask(session: Session, prompt: torch.Tensor, **kwargs: Any) -> list[float]:
     return [timed(session.model.device, call)]
 
 
-def alone(session: Session, contender: Contender, prompt: torch.Tensor) -> Callable:
+def alone(session: Session, contender: Contender, prompt: torch.Tensor, **kwargs: Any) -> Callable:
     """Return a call without a store."""
-    return lambda: ask(
-        session, prompt, **contender.generate_arguments(session.model.config, prompt.shape[1] + 1)
-    )
+
+    def call() -> list[float]:
+        given = contender.generate_arguments(session.model.config, prompt.shape[1] + 1)
+        return ask(session, prompt, **given, **kwargs)
+
+    return call
 
 
 def first(session: Session, contender: Contender, prompt: torch.Tensor, chunk: int) -> Callable:

@@ -144,7 +144,9 @@ class AttentionLayer(RowOperations):
         """Tokens that each head is to keep, where retention chooses per head; else None."""
 
     def expect(self, tokens: int) -> None:
-        """The prompt ends after `tokens` columns: what is kept for its end waits until then."""
+        """The prompt ends after `tokens` columns: room may be made for it, and what is kept for its
+        end waits until then.
+        """
 
     def prefetch(self) -> None:
         """Start bringing blocks to the device, where the placement can do so without waiting."""

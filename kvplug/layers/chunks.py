@@ -51,8 +51,10 @@ class Chunked(Columns):
         blocks = rows(whole, "blocks")
         if not self.cuts_blocks and blocks:
             pair = zip("kv", self.strategy.codec.decode(blocks), strict=True)
-            after = {name: x.flatten(2, 3).to(device) for name, x in pair}
-            tail, blocks = {name: torch.cat((tail[name], after[name]), 2) for name in "kv"}, {}
+            after, blocks = {name: x.flatten(2, 3).to(device) for name, x in pair}, {}
+            if tail["k"].shape[2]:
+                after = {name: torch.cat((tail[name], x), 2) for name, x in after.items()}
+            tail = after
         self.tail.load(tail)
         self._load_blocks(blocks)
         self._load_first_tokens(whole, device)

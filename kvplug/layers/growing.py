@@ -58,13 +58,14 @@ class Layer(Chunked, CacheLayerMixin):
         self.is_initialized = self.record_past = False
         self._take(self.slot.strategy.codec)
         self.seen = 0
+        self._expected = 0  # tokens of the prompt, told before it comes
         self._unseen = 0  # new tokens whose queries are waited for: attention has yet to show them
         self._fetched: dict[str, Tensor] | None = None  # blocks under way to the device
 
     # --- what transformers calls in a forward pass
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Learn dtype and device from tokens [B, H, S, D]; reserve what a static layout asks."""
+        """Learn dtype and device from tokens [B, H, S, D]; reserve what is known to come."""
         self.dtype, self.device = key_states.dtype, key_states.device
         self.kernel = self.strategy.kernel.resolve(self.strategy.codec, self.device, self.dtype)
         tail_room, block_room = self._room()
@@ -84,6 +85,8 @@ class Layer(Chunked, CacheLayerMixin):
         """Rows of the tail and blocks that are reserved ahead."""
         retention, codec = self.strategy.retention, self.strategy.codec
         room = self.strategy.layout.limit or 0  # columns
+        if not self.cuts_blocks and retention.newest is None:  # a prompt may come in pieces
+            room = max(room, self._expected)
         if retention.newest is not None:
             room = min(room, retention.first + retention.newest + codec.block)
         if not self.cuts_blocks:
@@ -212,6 +215,9 @@ class Layer(Chunked, CacheLayerMixin):
         return vars(self) | {"_fetched": None}
 
     # --- transformers' API
+
+    def expect(self, tokens: int) -> None:
+        self._expected = tokens
 
     def set_padding(self, padding: Tensor) -> None:
         self.padding = padding

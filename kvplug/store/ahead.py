@@ -1,4 +1,4 @@
-"""Reading ahead: what an iterator gives next is made in a thread while the caller works."""
+"""Reading ahead: what an iterator gives next is made in threads while the caller works."""
 
 from __future__ import annotations
 
@@ -7,25 +7,39 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, TypeVar
 
 if TYPE_CHECKING:
-    from collections.abc import Generator, Iterator
+    from collections.abc import Callable, Generator, Iterator
+    from concurrent.futures import Future
 
 T = TypeVar("T")
+U = TypeVar("U")
 _END = object()
 
 
-def ahead(source: Generator[T], depth: int) -> Iterator[T]:
-    """What `source` yields, up to `depth` items before they are asked for.
+def ahead(source: Generator[T], work: Callable[[T], U], depth: int) -> Iterator[U]:
+    """`work` of what `source` yields, in order, up to `depth` items before they are asked for.
 
-    `source` runs in one thread, one item after the other; what it raises is raised here, in its
-    place. Closing this closes `source`.
+    `source` runs in one thread, one item after the other, `work` in as many as items are made
+    ahead. What either raises is raised here, in its place. Closing this closes `source`.
     """
-    with ThreadPoolExecutor(1, "kvplug-store") as pool:
-        waiting = deque(pool.submit(next, source, _END) for _ in range(depth))
+
+    def worked(item: Future) -> U:
+        got = item.result()
+        return got if got is _END else work(got)
+
+    with (
+        ThreadPoolExecutor(1, "kvplug-store") as one,
+        ThreadPoolExecutor(depth, "kvplug-store") as several,
+    ):
+
+        def begin() -> Future:
+            return several.submit(worked, one.submit(next, source, _END))
+
+        waiting = deque(begin() for _ in range(depth))
         try:
             while (item := waiting.popleft().result()) is not _END:
-                waiting.append(pool.submit(next, source, _END))
+                waiting.append(begin())
                 yield item
         finally:
             for future in waiting:
                 future.cancel()
-            pool.submit(source.close)
+            one.submit(source.close)

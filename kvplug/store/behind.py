@@ -16,8 +16,12 @@ def behind(work: Callable[..., Any], depth: int) -> Iterator[Callable[..., None]
     """A function that has calls of `work` run in one thread, in order; at the end all have run.
 
     Not more than `depth` calls wait, so that what they hold does not grow: the next one waits for
-    the first of them. What a call raises is raised here.
+    the first of them; 0: each runs at once, and no thread is made. What a call raises is raised
+    here.
     """
+    if not depth:
+        yield work
+        return
     with ThreadPoolExecutor(1, "kvplug-store") as pool:
         waiting: deque[Future] = deque()
 

@@ -80,13 +80,33 @@ class Store:
             self._failed("read", e)
             return 0
 
-    def load(self, keys: Sequence[bytes]) -> Iterator[dict[str, Tensor]]:
+    def load(self, keys: Sequence[bytes]) -> Generator[dict[str, Tensor]]:
         """The tensors of each of `keys` in order, on the CPU, until the first miss.
 
         Whatever is wrong with a record or the back end is a miss, counted, and logged once. The
-        next records are fetched and verified meanwhile, in a thread.
+        next records are fetched and verified meanwhile, in threads.
         """
-        return ahead(self._load(keys), AHEAD)
+        if self._asleep():
+            return self.count("misses", len(keys), "paused")
+        done = 0
+        try:
+            for tensors, size in ahead(self._fetch(keys), self._unpack, AHEAD):
+                done += 1
+                self.count("hits")
+                self.count("bytes_read", size)
+                yield tensors
+            if done == len(keys):
+                return None
+            reason = "absent"
+        except record.Bad as e:
+            reason = e.reason
+            self._metrics.say("bad", reason, f"{self.url} has a bad record ({reason}): computed")
+            with suppress(Exception):
+                self._backend.delete([keys[done]])  # or it would be found again
+        except Exception as e:
+            reason = self._failed("read", e)
+        self.count("misses", len(keys) - done, reason)
+        return None
 
     def save(
         self,
@@ -169,35 +189,20 @@ class Store:
     def __repr__(self) -> str:
         return f"kvplug.Store({self.url!r})"
 
-    def _load(self, keys: Sequence[bytes]) -> Generator[dict[str, Tensor]]:
-        if self._asleep():
-            return self.count("misses", len(keys), "paused")
-        done = 0
-        try:
-            records = iter(self._backend.get_many(keys))
-            for key in keys:
-                with self._metrics.seconds("load_seconds"):
-                    data = next(records, None)
-                if data is None:
-                    reason = "absent"
-                    break
-                with self._metrics.seconds("verify_seconds"):
-                    tensors = record.unpack(key, data)
-                done += 1
-                self.count("hits")
-                self.count("bytes_read", len(data))
-                yield tensors
-            else:
-                return None
-        except record.Bad as e:
-            reason = e.reason
-            self._metrics.say("bad", reason, f"{self.url} has a bad record ({reason}): computed")
-            with suppress(Exception):
-                self._backend.delete([key])  # or it would be found again
-        except Exception as e:
-            reason = self._failed("read", e)
-        self.count("misses", len(keys) - done, reason)
-        return None
+    def _fetch(self, keys: Sequence[bytes]) -> Generator[tuple[bytes, bytes]]:
+        """(key, record) of each of `keys` until the first that is not there."""
+        records = iter(self._backend.get_many(keys))
+        for key in keys:
+            with self._metrics.seconds("load_seconds"):
+                data = next(records, None)
+            if data is None:
+                return
+            yield key, data
+
+    def _unpack(self, item: tuple[bytes, bytes]) -> tuple[dict[str, Tensor], int]:
+        """The tensors of a record, and its bytes. Raises as `record.unpack` does."""
+        with self._metrics.seconds("verify_seconds"):
+            return record.unpack(*item), len(item[1])
 
     def _save(
         self, keys: Sequence[bytes], chunks: Iterator[dict[str, Tensor]], chain: list[bytes]

@@ -195,8 +195,8 @@ def test_reading_ahead_is_ahead_by_two_and_ends_with_its_reader():
         finally:
             closed.set()
 
-    items = ahead(source(), 2)
-    assert next(items) == 0
+    items = ahead(source(), str, 2)
+    assert next(items) == "0"
     end = time.monotonic() + 30
     while len(read) < 3 and time.monotonic() < end:
         time.sleep(0.01)
@@ -205,15 +205,19 @@ def test_reading_ahead_is_ahead_by_two_and_ends_with_its_reader():
     items.close()
     assert closed.wait(30)
     assert len(read) <= 4
-    assert list(ahead(source(), 2)) == list(range(9))
+    assert list(ahead(source(), str, 2)) == list(map(str, range(9)))
 
     def fails():
         yield 1
         raise OSError("in the thread")
 
-    items = ahead(fails(), 3)
-    assert next(items) == 1
+    items = ahead(fails(), str, 3)
+    assert next(items) == "1"
     with pytest.raises(OSError, match="in the thread"):
+        next(items)
+    items = ahead((x for x in (2, 1, 0, 1)), lambda x: 1 / x, 2)
+    assert [next(items), next(items)] == [0.5, 1]
+    with pytest.raises(ZeroDivisionError):
         next(items)
 
 
@@ -242,6 +246,9 @@ def test_writing_behind_is_in_order_waits_and_has_ended():
 
     with pytest.raises(OSError, match="in the thread"), behind(fails, 2) as later:
         later(1)
+    with behind(written.append, 0) as now:
+        now(3)
+        assert written[-1] == 3
 
 
 def test_a_server_that_is_gone_is_a_miss(caplog, soon):
