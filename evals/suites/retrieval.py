@@ -191,13 +191,22 @@ def answered(
         for (question, _), found in zip(asks, told.pop("answers"), strict=True):
             yield Answer(question.depth, found["listed"], found["greedy"], told)
         return
-    cache = copy.deepcopy(read)
-    if cache is None:
-        cache = contender.build(session.model.config, length)
-    prompt(session, cache, text[cache.get_seq_length() :], len(text))
+
+    def reading() -> Cache:
+        cache = copy.deepcopy(read)
+        if cache is None:
+            cache = contender.build(session.model.config, length)
+        prompt(session, cache, text[cache.get_seq_length() :], len(text))
+        return cache
+
+    cache = reading()
     told = account(cache)
     for question, tokens in asks:
-        logits = feed(session, copy.deepcopy(cache), tokens)
+        try:
+            twin = copy.deepcopy(cache)
+        except RuntimeError:  # so say tensors of optimum-quanto, in transformers' own cache
+            twin = reading()
+        logits = feed(session, twin, tokens)
         right, *wrong = question.choices
         listed = bool(logits[right] > logits[wrong].max())  # a tie, or no number, is a miss
         yield Answer(question.depth, listed, int(logits.argmax()) == right, told)

@@ -88,6 +88,21 @@ def test_questions_after_a_text_do_not_help_each_other(session):
         assert [together[i]] == list(retrieval.answers(session, contender, alone, 200))
 
 
+def test_a_cache_that_cannot_be_copied_reads_the_text_again(session, add_rival):
+    body = (
+        "class Stiff(DynamicCache):\n"
+        "    def __deepcopy__(self, memo):\n"
+        "        raise RuntimeError('no clone()')\n"
+        "def build(config, length):\n    return Stiff(config=config)\n"
+    )
+    add_rival("stiff:cache", body)
+    trial = Haystack(session).trial(200, retrieval.DEPTHS, 0)
+    exact, stiff = (
+        list(retrieval.answers(session, one, trial, 200)) for one in resolve(["stiff:cache"])
+    )
+    assert [one[:3] for one in stiff] == [one[:3] for one in exact]
+
+
 def test_retrieval_end_to_end(needles, words, tmp_path, console):
     chosen = "snapkv(budget=60, every=16, window=8)"
     config = replace(needles, strategies=("growing", chosen))
