@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import kvplug
+from kvplug.codecs import quantize
 from kvplug.codecs.rotated import Int8
 from kvplug.kernels.numba import Numba
 from kvplug.testing import CodecConformance, check_golden
@@ -250,3 +251,13 @@ def test_bfloat16_does_not_wrap():
         keys, values = codec.decode(codec.encode(x, x))
         assert (keys - x).abs().max() < 1
         assert (values - x).abs().max() < 3
+
+
+def test_rounding_to_float16_is_the_same_where_it_is_compiled(monkeypatch):
+    sizes = torch.exp2(torch.arange(-30.0, 21))[:, None]  # below the least and above the largest
+    steps = torch.cat((torch.linspace(-1, 1, 4097), 1 + torch.arange(9) * 2.0**-12))
+    x = (sizes * steps).clamp(max=quantize.F16_MAX)
+    eager = quantize._round_down(x)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    assert torch.equal(eager, quantize._round_down(x))
+    assert (eager <= x).all()

@@ -48,11 +48,13 @@ def _round_down(x: Tensor) -> Tensor:
 
 
 def _to_float16(x: Tensor) -> Tensor:
-    """`x.to(torch.float16).float()` of float32, by arithmetic: the casts that follow are exact.
+    """`x.to(torch.float16).float()` of float32; where it is compiled by arithmetic.
 
-    A compiler that fuses them leaves both out (torch.compile does, unless
+    A compiler that fuses both casts leaves them out (torch.compile does, unless
     `emulate_precision_casts` is set), and codes would not fit the scale that is stored.
     """
+    if not torch.compiler.is_compiling():
+        return x.to(torch.float16).float()
     power = (x.view(torch.int32) & 0x7F800000).view(torch.float32)  # of two, at most |x|
     step = (power * 2.0**-10).clamp(2.0**-24, 2.0**6)  # of float16 at x
     return (x / step).round() * step
