@@ -24,7 +24,7 @@ from kvplug.compat import cache_argument, output_cache
 from kvplug.spec import parse
 from kvplug.store.keys import root
 from kvplug.testing.architectures import Absent, make
-from kvplug.testing.tools import DRAWN, GREEDY, prompt, tiny_llama
+from kvplug.testing.tools import DRAWN, GREEDY, normal, prompt, tiny_llama
 
 LAYERS = 4
 TEXT = " ".join(f"w{i * i % 89 + 2}" for i in range(1100))
@@ -97,6 +97,23 @@ def test_costs_are_the_kl_of_storing_one_side_of_one_layer(model, bits):
     true = torch.stack([kl_of_storing(model, x, codec) for x in windows]).mean(0) / 256
     torch.testing.assert_close(told, true, rtol=0.5, atol=0)
     assert told.sum() == pytest.approx(float(true.sum()), rel=0.25)
+
+
+class Shorter(Rotated):
+    """Stores nine tenths of everything."""
+
+    def encode_side(self, x, side):
+        return {"x": x}
+
+    def decode_side(self, data, side):
+        return 0.9 * data["x"]
+
+
+def test_what_all_tokens_lose_alike_adds_up():
+    x, g = (normal(1, 2, 100, 8, seed=seed) for seed in (1, 2))
+    told = sensitivity._costs(x, g, 1, [Shorter(first=4, tail=32)])
+    one = (0.1 * g * x)[:, :, 4:68].sum((2, 3))  # of each head
+    assert told.item() == pytest.approx(float(one.square().sum() / 2), rel=1e-4)
 
 
 def test_measuring_leaves_the_model_as_it_is(model):
@@ -180,6 +197,16 @@ def test_widths_are_those_that_were_measured_to_cost_least(model, path):
 
     plain = [parse("int3").codec] * LAYERS
     assert cost(codecs_of(f"int3(calibration={path!r})", model.config)) < 0.9 * cost(plain)
+
+
+def test_keys_count_half_as_they_are_rounded_for_queries(model, path, tmp_path):
+    falling = torch.tensor([4.0**-bits for bits in widths.BITS])
+    file = str(tmp_path / "made.safetensors")
+    for keys, wanted in ((1.5, (2, 3)), (2.5, (3, 2))):
+        made = load_file(path) | {"widths.kl": torch.tensor([[[keys], [1.0]]] * LAYERS) * falling}
+        calibration.write(file, made, model.config, {})
+        for codec in codecs_of(f"int2(calibration={file!r})", model.config):
+            assert (codec.k_bits, codec.v_bits) == wanted
 
 
 def test_single_layers_share_the_bits_of_their_own(model, path):

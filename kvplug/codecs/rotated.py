@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 # normal (Max, 1960); with more bits nothing is cut off
 LARGEST = {2: 1.494, 3: 2.05, 4: 2.51}
 JUDGED = 4  # blocks that say whether keys swing
+FED = 2.0  # times less KL by keys that are rounded for queries: a calibration rounds plainly
 LOST = 2.0**-18  # of a number, by turning it in float32, there and back
 
 
@@ -96,7 +97,8 @@ class Rotated(Codec):
             return [self] * len(layers)
         told = calibration.read(self.calibration, config, widths.SECTION)
         rows, wanted = list(layers), (self.k_bits, self.v_bits)
-        found = widths.assign(told["kl"][rows], told["numbers"][rows], wanted)
+        kl = told["kl"][rows] / torch.tensor([FED, 1.0])[:, None]
+        found = widths.assign(kl, told["numbers"][rows], wanted)
         # what was not measured stores too little to matter, or nothing
         most = Counter(x for x in found if x).most_common(1)
         rest = most[0][0] if most else wanted

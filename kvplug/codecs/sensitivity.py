@@ -36,7 +36,8 @@ def measure(model: PreTrainedModel, windows: Tensor) -> dict[str, Tensor]:
 
     Returns:
         kl [L, 2, len(BITS)] float32: KL in nat per token that keys (0) or values (1) of a layer at
-            so many bits add; NaN of a layer that stores none, or too few to fill a block.
+            so many bits add, rounded plainly; NaN of a layer that stores none, or too few to fill a
+            block.
         numbers [L, 2] int64: in a token's key and value; 0 of such a layer.
     """
     codecs = [Rotated(k_bits=bits, v_bits=bits) for bits in BITS]
@@ -97,9 +98,12 @@ def _costs(x: Tensor, g: Tensor | None, side: int, codecs: list[Rotated]) -> Ten
         return None
     whole = slice(codec.first, codec.first + tokens)
     x, g = (y[:, :, whole].unflatten(2, (-1, codec.block)).detach().float() for y in (x, g))
-    costs = []
+    costs, head = [], {"dim": (2, 3, 4), "keepdim": True}
     for codec in codecs:
         error = codec.decode_side(codec.encode_side(x, side), side) - x
-        # errors of tokens and heads are independent: their products are noise
-        costs.append((g * error).sum(-1).double().square().sum() / 2)
+        # at few bits what is stored is shorter than what came, in all tokens of a head alike: that
+        # adds up; what else is lost by tokens and heads is independent: their products are noise
+        alike = (error * x).sum(**head) / x.square().sum(**head).clamp_min(1e-30) * x
+        parts = (g * (error - alike)).sum(-1), (g * alike).sum(**head)
+        costs.append(sum(part.double().square().sum() for part in parts) / 2)
     return torch.stack(costs).float().cpu()
