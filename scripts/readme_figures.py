@@ -28,6 +28,7 @@ from evals.setup import shapes  # noqa: E402
 from evals.setup.contenders import EXACT  # noqa: E402
 from evals.suites import decode as decode_suite  # noqa: E402
 from evals.suites import drift as drift_suite  # noqa: E402
+from evals.suites import encode as encode_suite  # noqa: E402
 from evals.suites import pareto, quick  # noqa: E402
 from evals.suites import prefix as prefix_suite  # noqa: E402
 from evals.suites import retrieval as retrieval_suite  # noqa: E402
@@ -146,6 +147,31 @@ def decode() -> str:
             cells = [_time(run, name, batch, context) for name in names]
             body.append([f"{context:,}, {batch}, {run.config['dtype']}", *cells])
     return _table(["context, batch, dtype", *names], body)
+
+
+def presets() -> str:
+    """Return how the integer codecs decode, in one loop."""
+    (run,) = _runs("decode-presets")
+    contexts = sorted({r["context"] for r in run.rows if r["metric"] == "speedup"})
+    names = dict.fromkeys(r["strategy"] for r in run.rows if r["metric"] == "speedup")
+    body = [
+        [name, *(_time(run, name, 1, context) for context in contexts)]
+        for name in names
+        if not name.startswith("control:")
+    ]
+    head = ["ms per token", *(f"at {context:,}" for context in contexts)]
+    return f"{_table(head, body)}\n\n{_noise(run)}"
+
+
+def encoding() -> str:
+    """Return what encoding adds to a prompt, and to a token that is decoded."""
+    (run,) = _runs("encode")
+    (table,) = encode_suite.tables(run.config, run.rows)
+    body = [row for row in table.body if row[0] != EXACT]
+    columns = [i for i, name in enumerate(table.head) if not name.startswith("prefill")]
+    head, *body = ([row[i] for i in columns] for row in (table.head, *body))
+    (prefill,) = (r["value"] for r in run.rows if r["metric"] == "prefill")
+    return f"{_table(head, body)}\n\n{table.notes[0]} A prefill: {prefill:.2f} s."
 
 
 def no_context() -> str:
