@@ -75,8 +75,10 @@ class Choice:
             if smaller
             else "nothing smaller was measured"
         )
-        if self.asked.use and not measured.methods(self.asked.use, 1):
+        if self.asked.use and not measured.methods(self.asked, 1):
             other += f"; no method was measured that lets tokens go for use={self.asked.use!r}"
+            if self.asked.use == "prefix" and self.asked.calibration is None:
+                other += " without calibration=, a file of `kvplug calibrate`"
         if self.best is None:
             least = min(allowed, key=lambda x: x.held)
             return (
@@ -99,6 +101,7 @@ def recommend(
     budget: str | None = None,
     use: str | None = None,
     drift: str = "none",
+    calibration: str | None = None,
     dtype: torch.dtype | str | None = None,
     device: torch.device | str = "cpu",
 ) -> Choice:
@@ -114,12 +117,13 @@ def recommend(
         drift: what may be lost: "none"; "low", 0.003 nat per token of KL to the exact cache; or
             "medium", 0.03, and of words that questions ask for none, as far as was measured on the
             model that `front.json` names.
+        calibration: file of `kvplug calibrate`: with it `use="prefix"` takes budgets of its heads.
         dtype: of keys and values, or its name; default: the config's, else float32.
         device: on which the model runs.
 
     Raises SpecError for arguments that cannot be, and where nothing serves the model.
     """
-    asked = Auto(budget, use, drift)
+    asked = Auto(budget, use, drift, calibration)
     return choose(asked, config, context=context, batch=batch, dtype=dtype, device=device)
 
 
@@ -131,17 +135,26 @@ def choose(
     batch: int,
     dtype: torch.dtype | str | None,
     device: torch.device | str,
+    decoded: int | None = None,
 ) -> Choice:
-    """The choice for a model; the other arguments and errors are those of `recommend`."""
+    """The choice for a model; the other arguments and errors are those of `recommend`.
+
+    decoded: how many of `context` tokens come one by one; None: nobody knows
+    """
+    few = min(DECODED, context - 1)
+    if decoded is None:
+        decoded = few
     device = torch.device(device)
     budget = bytes_of(asked.budget) if asked.budget else int(memory.free(device) * SHARE)
     beside = 0 if device.type == "cpu" else int(memory.free(torch.device("cpu")) * SHARE)
-    of = {"context": context, "batch": batch, "dtype": dtype, "decoded": min(DECODED, context - 1)}
+    of = {"context": context, "batch": batch, "dtype": dtype}
     options = []
     for spec, loss in candidates(asked, context, device):
         allowed = loss.allowed(asked.drift)
         try:
-            held = estimate(spec, config, **of)
+            # where all tokens stay more would take long to count, and change little
+            singly = decoded if parse(spec).retention.drops else min(decoded, few)
+            held = estimate(spec, config, **of, decoded=singly)
         except (SpecError, MissingExtra) as e:
             options.append(Option(spec, loss, allowed, None, False, str(e)))
             continue
@@ -164,7 +177,7 @@ def candidates(asked: Auto, context: int, device: torch.device) -> list[tuple[st
     with blocks in host memory, where that is another.
     """
     coded = measured.codecs()
-    here = [("growing", NOTHING), *coded, *measured.methods(asked.use, context)]
+    here = [("growing", NOTHING), *coded, *measured.methods(asked, context)]
     if device.type == "cpu":
         return here
     on_host = [(f"{spec}+host", loss) for spec, loss in coded]

@@ -52,6 +52,7 @@ def main(argv: list[str] | None = None) -> int:
     advice.add_argument(
         "--drift", choices=ALLOWED, default="none", help="what may be lost (default none)"
     )
+    advice.add_argument("--calibration", help="file of `kvplug calibrate`, for --use prefix")
     advice.add_argument("--device", default="cpu", help="on which the model runs (default cpu)")
     measure = commands.add_parser(
         "calibrate",
@@ -162,6 +163,7 @@ def _recommend(args: argparse.Namespace) -> int:
         budget=args.memory,
         use=args.use,
         drift=args.drift,
+        calibration=args.calibration,
         dtype=args.dtype,
         device=args.device,
     )

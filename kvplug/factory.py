@@ -98,7 +98,7 @@ def build(
     crossed = getattr(text, "cross_attention_layers", ())
     turn = _turns(strategy, config, theirs, crossed)
     budgets: list[tuple[int, ...] | None] = [None] * len(theirs)
-    if isinstance(strategy.retention, Scored) and strategy.retention.heads is not None:
+    if strategy.retention.heads is not None:
         budgets = of_heads(strategy.retention, config)
     layers = []
     for i, layer in enumerate(theirs):

@@ -179,13 +179,17 @@ def _prepare(original: Any) -> Any:
             call.arguments["generation_config"] = config
             return original(*call.args, **call.kwargs)
 
+        # what is not said of a decoder is its encoder's
+        decoder = "decoder_" if self.config.is_encoder_decoder else ""
+        mask = model_kwargs.get(f"{decoder}attention_mask")
+        told_length = getattr(generation_config, compat.MASK_LENGTH, None)
+        prompt = told_length if mask is None else mask.shape[-1]  # None: not known
+
         def tell(cache: Cache) -> None:
-            """What a call brings; what is not said of a decoder is its encoder's."""
-            decoder = "decoder_" if self.config.is_encoder_decoder else ""
-            mask = model_kwargs.get(f"{decoder}attention_mask")
+            """What a call brings."""
             cache.set_padding(mask)
-            if mask is None and (length := getattr(generation_config, compat.MASK_LENGTH, None)):
-                cache.expect(length)
+            if mask is None and prompt:
+                cache.expect(prompt)
             refused = bias.refusal_of_attentions(self.config, cache)
             if refused and generation_config.output_attentions:
                 raise SpecError(refused)
@@ -231,6 +235,7 @@ def _prepare(original: Any) -> Any:
                 batch=_rows(call.arguments["batch_size"], generation_config),
                 dtype=self.dtype,
                 device=self.device,
+                decoded=reserve - prompt if prompt else None,
             )
             asked, chosen = choice.strategy, choice.reason
             logger.info("kvplug: auto chose %s", chosen)

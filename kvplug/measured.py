@@ -12,8 +12,12 @@ import json
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from .strategy import ALLOWED
+
+if TYPE_CHECKING:
+    from .strategy import Auto
 
 
 @dataclass(frozen=True)
@@ -69,16 +73,21 @@ def codecs() -> list[tuple[str, Loss]]:
     return [(spec, Drift(kl[spec])) for spec in found]
 
 
-def methods(use: str | None, context: int) -> list[tuple[str, Loss]]:
+def methods(asked: Auto, context: int) -> list[tuple[str, Loss]]:
     """Strategies that let tokens go, measured for a use; those that keep most of `context` first.
 
     They keep the shares that were measured, of texts of some length: whether fewer tokens would do
-    of a longer one is not known.
+    of a longer one is not known. Where heads have budgets of their own, these are of the model's
+    own calibration, or there is none.
     """
     found = []
-    for entry in front()["kept"].get(use, {"options": ()})["options"]:
+    for entry in front()["kept"].get(asked.use, {"options": ()})["options"]:
+        if "{calibration" in entry["spec"] and asked.calibration is None:
+            continue
         loss = Drift(entry["kl"]) if "kl" in entry else Found(*entry["found"], entry["exact"])
-        found.append((entry["spec"].format(budget=int(entry["share"] * context)), loss))
+        budget = int(entry["share"] * context)
+        spec = entry["spec"].format(budget=budget, calibration=asked.calibration)
+        found.append((spec, loss))
     return found
 
 

@@ -123,7 +123,7 @@ class Strategy:
                 f"{self.retention.name!r} chooses; load the model with 'sdpa', or take a method "
                 "that looks at none, such as 'keydiff'"
             )
-        if getattr(self.retention, "heads", None) is not None and attention not in (None, "sdpa"):
+        if self.retention.heads is not None and attention not in (None, "sdpa"):
             raise SpecError(
                 f"{self}: heads that hold different numbers of tokens are no dense tensor, which "
                 f"attn_implementation={attention!r} reads; load the model with 'sdpa', or leave "
@@ -212,6 +212,7 @@ class Auto(Stage):
     budget: str | None = option(None, "bytes it may hold, as '2GiB'; None: 0.8 of what is free")
     use: str | None = option(None, "what for, or no token goes", choices=USES)
     drift: str = option("none", "what may be lost: KL up to 0, 0.003, 0.03", choices=(*ALLOWED,))
+    calibration: str | None = option(None, "file of `kvplug calibrate`, for use='prefix'")
 
     def __post_init__(self) -> None:
         super().__post_init__()

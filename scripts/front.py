@@ -2,9 +2,8 @@
 
 usage: python scripts/front.py FOLDER ...
 
-A folder of --suite pareto gives bits and drift of codecs; one of retrieval, asked in the
-prompt and after it, and one of stream give what is lost by methods that let tokens go. What no
-folder gives stays as it is.
+A folder of --suite pareto gives bits and drift of codecs; those of retrieval, unseen and stream
+give what is lost by methods that let tokens go. What no folder gives stays as it is.
 """
 
 from __future__ import annotations
@@ -25,10 +24,11 @@ from evals.setup.contenders import EXACT  # noqa: E402
 from evals.suites import retrieval  # noqa: E402
 from kvplug.strategy import ALLOWED  # noqa: E402
 
-# by use: the suite, its metric, and the method that serves it
+# by use: the suite, its metric, the method that serves it, and whether heads have own budgets
 METHODS = {
-    "prompt": ("retrieval", "retrieval_asked", "snapkv"),
-    "stream": ("stream", "kl", "expected"),
+    "prompt": ("retrieval", "retrieval_asked", "snapkv", False),
+    "prefix": ("unseen", "retrieval", "expected", True),
+    "stream": ("stream", "kl", "expected", False),
 }
 FRONT = ROOT / "kvplug" / "front.json"
 
@@ -57,9 +57,11 @@ def of_codecs(rows: list[dict]) -> dict[str, Any]:
     return {"kl": kl, "bits": {name: bits[name] for name in kl}, "measured": source(rows[0])}
 
 
-def of_methods(rows: list[dict], suite: str, metric: str, method: str) -> dict[str, Any] | None:
+def of_methods(
+    rows: list[dict], suite: str, metric: str, method: str, calibrated: bool
+) -> dict[str, Any] | None:
     """What a method lost at each share of tokens that it kept, the largest first; of one share
-    without a codec first.
+    without a codec first. `calibrated`: with budgets of heads, of whatever file.
     """
     if rows[0]["suite"] != suite:
         return None
@@ -73,10 +75,12 @@ def of_methods(rows: list[dict], suite: str, metric: str, method: str) -> dict[s
         if ":" in row["strategy"]:  # not of ours
             continue
         strategy = kvplug.parse(row["strategy"])
-        if strategy.retention.name != method:
+        retention = strategy.retention
+        if (retention.name, retention.heads is not None) != (method, calibrated):
             continue
         spec = re.sub(r"budget=\d+", "budget={budget}", row["strategy"])
-        share = strategy.retention.budget / row["context"]
+        spec = re.sub(r"heads='[^']*'", "heads={calibration!r}", spec)
+        share = retention.budget / row["context"]
         found = {"spec": spec, "share": share, "of": row["context"]}
         if metric == "kl":
             found["kl"] = float(f"{row['value']:.2g}")

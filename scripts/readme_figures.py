@@ -26,6 +26,7 @@ from evals.report.runs import Run, load  # noqa: E402
 from evals.rows.tables import Table, share  # noqa: E402
 from evals.setup import shapes  # noqa: E402
 from evals.setup.contenders import EXACT  # noqa: E402
+from evals import suites  # noqa: E402
 from evals.suites import decode as decode_suite  # noqa: E402
 from evals.suites import drift as drift_suite  # noqa: E402
 from evals.suites import encode as encode_suite  # noqa: E402
@@ -217,7 +218,7 @@ def cuda() -> str:
 def kept() -> str:
     """Return in a sentence what is found with few tokens, asked in the prompt and after it."""
     (run,) = _runs("retrieval")
-    name = "snapkv(budget=256)"
+    name = "snapkv(budget=128)+int4"
     held, exact = (_row(run, x, "bytes_held", 1, 2048)["value"] for x in (name, EXACT))
     asked, whole = (_found(run, x, "retrieval_asked") for x in (name, EXACT))
     later, later_whole = (_found(run, x, "retrieval") for x in (name, EXACT))
@@ -230,10 +231,19 @@ def kept() -> str:
 
 
 def asked() -> str:
-    """Return words found by a method that lets tokens go, and how they were asked for."""
-    (run,) = _runs("retrieval")
-    (table,) = retrieval_suite.tables(run.config, run.rows)
-    columns = [i for i, name in enumerate(table.head) if "greedy" not in name]
+    """Return words found by methods that let tokens go, asked in the prompt and after it."""
+    return _words("retrieval")
+
+
+def unseen() -> str:
+    """Return words found that are asked for after the text alone."""
+    return _words("unseen")
+
+
+def _words(name: str) -> str:
+    (run,) = _runs(name)
+    (table,) = suites.get(run.suite).tables(run.config, run.rows)
+    columns = [i for i, head in enumerate(table.head) if "greedy" not in head]
     body = [[row[i] for i in columns] for row in table.body]
     return f"{_table([table.head[i] for i in columns], body)}\n\n{table.notes[0]}"
 
@@ -251,6 +261,30 @@ def streaming() -> str:
         body.append([name, f"{held / exact:.2f}x", spread, f"{top1['value']:.3f}"])
     table = _table(["strategy", "held", "KL, nat (p20-p80 of windows) ↓", "top-1 ↑"], body)
     return f"{table}\n\n{drift_suite.method(run.config)}"
+
+
+def choosing() -> str:
+    """Return what choosing costs, of prefill and of decoding."""
+    (run,) = _runs("choosing")
+    (table,) = suites.get(run.suite).tables(run.config, run.rows)
+    return f"{_table(table.head, table.body)}\n\n{table.notes[0]}"
+
+
+def heads() -> str:
+    """Return how long a decode step takes of heads of unlike budgets, and what they hold."""
+    (run,) = _runs("decode-heads")
+    (context,) = run.config["context"]
+    exact = _row(run, EXACT, "bytes_held", 1, context)["value"]
+    body = [
+        [
+            name,
+            f"{_row(run, name, 'bytes_held', 1, context)['value'] / exact:.2f}x",
+            _time(run, name, 1, context),
+        ]
+        for name in dict.fromkeys(row["strategy"] for row in run.rows)
+        if not name.startswith("control:")
+    ]
+    return f"{_table(['strategy', 'held', 'ms/token ↓'], body)}\n\n{_noise(run)}"
 
 
 @cache

@@ -8,16 +8,17 @@ import torch
 
 import kvplug
 from evals.setup import shapes
-from kvplug import measured, memory
+from kvplug import calibration, measured, memory
 from kvplug.cli import main
 from kvplug.compat import output_cache
 from kvplug.errors import SpecError
 from kvplug.strategy import ALLOWED
 from kvplug.testing import tiny_llama
 from kvplug.testing.tools import prompt
-from kvplug.units import bytes_of
+from kvplug.units import bytes_of, text_of
 
 CPU = torch.device("cpu")
+FRONT = measured.front()
 # five models that are public, without weights
 PUBLIC = "llama-8b", "qwen3-8b", "mistral-7b", "gemma3-4b", "smollm2-1.7b"
 FOUND = {"found": [0.7, 0.55, 0.82], "exact": 0.75, "of": 2048}
@@ -25,6 +26,9 @@ KEPT = {
     "prompt": [
         {"spec": "snapkv(budget={budget})+int4", "share": 1 / 8} | FOUND,
         {"spec": "snapkv(budget={budget})+int4", "share": 1 / 16} | FOUND | {"exact": 0.83},
+    ],
+    "prefix": [
+        {"spec": "expected(budget={budget}, heads={calibration!r})+int4", "share": 1 / 4} | FOUND,
     ],
     "stream": [
         {"spec": "expected(budget={budget})+int4", "share": 1 / 2, "kl": 0.02},
@@ -36,9 +40,8 @@ KEPT = {
 @pytest.fixture
 def kept(monkeypatch):
     """What was measured of methods, and of two codecs, as long as a test lasts."""
-    front = measured.front()
-    told = front | {
-        "kl": {codec: front["kl"][codec] for codec in ("int8", "int4")},
+    told = FRONT | {
+        "kl": {codec: FRONT["kl"][codec] for codec in ("int8", "int4")},
         "kept": {use: {"options": x} for use, x in KEPT.items()},
     }
     monkeypatch.setattr(measured, "front", lambda: told)
@@ -128,11 +131,29 @@ def test_tokens_go_only_where_it_is_said_what_for(kept):
     assert best(short) == "growing"
 
 
-def test_a_use_for_which_nothing_was_measured_says_so(kept):
+def test_a_use_for_which_nothing_was_measured_says_so(monkeypatch):
+    monkeypatch.setattr(measured, "front", lambda: FRONT | {"kept": {}})
     ask = {"context": 262_144, "budget": "4GiB", "drift": "medium"}
-    choice = kvplug.recommend(public("llama-8b"), **ask, use="prefix")
+    choice = kvplug.recommend(public("llama-8b"), **ask, use="stream")
     assert choice.best is None
-    assert choice.reason.endswith("; no method was measured that lets tokens go for use='prefix'")
+    assert choice.reason.endswith("; no method was measured that lets tokens go for use='stream'")
+
+
+def test_a_prefix_loses_nothing_without_a_calibration(kept, tmp_path):
+    """Nor by that of another model."""
+    model = tiny_llama().config
+    file = str(tmp_path / "tiny.safetensors")
+    needs = torch.ones(model.num_hidden_layers, model.num_key_value_heads)
+    calibration.write(file, {"budgets.need": needs}, model, {})
+    exact = kvplug.estimate("growing", model, context=8192)
+    ask = {"context": 8192, "budget": str(exact // 10), "use": "prefix", "drift": "medium"}
+    choice = kvplug.recommend(model, **ask)
+    assert choice.best is None
+    assert choice.reason.endswith("use='prefix' without calibration=, a file of `kvplug calibrate`")
+    choice = kvplug.recommend(model, **ask, calibration=file)
+    assert choice.strategy == kvplug.parse(f"expected(budget=2048, heads={file!r})+int4")
+    ask |= {"budget": "4GiB", "calibration": file}
+    assert "whose" in kvplug.recommend(public("qwen3-8b"), **ask).options[-1].refusal
 
 
 def test_generate_lets_tokens_go(kept):
@@ -144,10 +165,13 @@ def test_generate_lets_tokens_go(kept):
         max_new_tokens=10,
         return_dict_in_generate=True,
     )
-    cache = output_cache(out)
-    assert cache.strategy == kvplug.parse("snapkv(budget=376)+int4")
-    assert cache.stats()["chosen"].startswith("snapkv(budget=376)+int4: ")
+    cache, spec = output_cache(out), "snapkv(budget=376)+int4"
+    assert cache.strategy == kvplug.parse(spec)
     assert cache.nbytes() < least // 2
+    # of 9 tokens after the prompt
+    held = kvplug.estimate(spec, model.config, context=3009, decoded=9)
+    assert cache.stats()["chosen"].startswith(f"{spec}: {text_of(held)} of ")
+    assert cache.nbytes() == pytest.approx(held, rel=0.03)
 
 
 def test_generate(caplog):

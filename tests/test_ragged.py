@@ -21,7 +21,7 @@ from kvplug.testing.oracle import one_layer
 from kvplug.testing.pairs import pairwise
 from kvplug.testing.reuse import OPERATIONS
 from kvplug.testing.shadow import Shadow
-from kvplug.testing.specs import BUILTIN, SMALL
+from kvplug.testing.specs import BUILTIN, PAIRED, SMALL
 from kvplug.testing.specs import spec as spelled
 from kvplug.testing.strategy import ASSISTED, CHUNKS, HEADS, MODES
 from kvplug.testing.tools import (
@@ -283,7 +283,7 @@ def test_refusals_of_models(heads):
 
 # each codec with each placement, and each method with each of both
 METHODS = [f"{SMALL[name][:-1]}, heads='any')" for name in ("expected", "h2o", "keydiff", "snapkv")]
-AXES = {"retention": METHODS, "codec": BUILTIN["codec"], "tail": (0, 8)}
+AXES = {"retention": METHODS, "codec": PAIRED["codec"], "tail": (0, 8)}
 CALIBRATED = [
     spelled({"layout": "growing"} | row)
     for row in pairwise(AXES | {"placement": BUILTIN["placement"]})

@@ -25,7 +25,9 @@ class Heads:
             found.setdefault(label, []).append(head)
         self.count, self.groups = len(labels), list(found.values())
         joined = [head for group in self.groups for head in group]
-        self._back = [joined.index(head) for head in range(self.count)]
+        self._back = None  # where groups follow one another as the heads do
+        if joined != sorted(joined):
+            self._back = [joined.index(head) for head in range(self.count)]
 
     def of(self, x: Tensor, group: int) -> Tensor:
         """What x [B, n * H, ...] has for the heads of a group, n each: a view where it can be."""
@@ -39,6 +41,6 @@ class Heads:
     def join(self, xs: list[Tensor]) -> Tensor:
         """The inverse: what each group has, [B, n * its heads, ...], as [B, n * H, ...]."""
         x = torch.cat(xs, dim=1)
-        if self._back == sorted(self._back):
+        if self._back is None:
             return x
         return x.unflatten(1, (self.count, -1))[:, self._back].flatten(1, 2)

@@ -252,7 +252,7 @@ class Layer(Chunked, CacheLayerMixin):
         n = removed(tokens_to_remove, self.seen)
         if not self.is_initialized:
             return
-        self._check_rollback(n)
+        self.check_rollback(n)
         back = self._front() and self.seen - n < self._last_sink
         while len(self.blocks) and (back or n > len(self.tail)):
             self._reopen_last_block()
@@ -379,7 +379,8 @@ class Layer(Chunked, CacheLayerMixin):
         self.tail.clear()
         self.tail.append(opened)
 
-    def _check_rollback(self, n: int) -> None:
+    def check_rollback(self, n: int) -> None:
+        """Raise Evicted where the newest n tokens cannot be taken back."""
         if self._lost(n):
             raise Evicted(
                 f"cannot crop {n} of {self.seen} tokens: {self.strategy.retention} has dropped "

@@ -183,7 +183,7 @@ class RaggedLayer(AttentionLayer, CacheLayerMixin):
         if not self.is_initialized:
             return
         for x in self.parts:
-            x._check_rollback(n)
+            x.check_rollback(n)
         for x in self.parts:
             x.crop(-n)
 

@@ -49,6 +49,11 @@ class Retention(Stage):
         """How many of the newest queries it wants to see once attention has run; 0: none."""
         return 0
 
+    @property
+    def heads(self) -> str | None:
+        """A file that says how much each head needs; None: all hold equally many tokens."""
+        return None
+
     def at(self, layer_idx: int, layers: int) -> Retention:
         """What holds in one of so many layers of a model."""
         return self

@@ -24,6 +24,7 @@ import logging
 import multiprocessing
 import random
 import sys
+import tempfile
 import time
 import traceback
 import warnings
@@ -51,6 +52,7 @@ from .calls import (
     check_first,
     in_dtype,
 )
+from .heads import calibrated
 from .oracle import kept_whole
 from .rotation import check_rotation
 from .shadow import Shadow, Wrong
@@ -62,6 +64,7 @@ if TYPE_CHECKING:
 
 OUTCOMES = ("exact", "bound", "refused", "n/a", "crashed", "wrong")
 LENGTH = 64  # more tokens than any call sees
+HEADS = "calibration.safetensors"  # in whose place each model's own is read
 CHOOSING = ("snapkv", "expected", "keydiff", "h2o", "tova", "lagkv", "pyramid")
 STRATEGIES = {
     "growing": "growing",
@@ -82,6 +85,7 @@ STRATEGIES = {
     "snapkv+int4": "snapkv(budget=10, every=3, window=4)+int4(block=8, tail=0)",
     "expected+int8+host": f"{SMALL['expected']}+int8(block=8, tail=0)+host",
     "keydiff+disk": f"{SMALL['keydiff']}+exact(block=8)+disk",
+    "heads": f"{SMALL['expected'][:-1]}, heads={HEADS!r})",
 }
 IN_PIECES = ("chunked prefill", "second turn", "crop, go on")  # nothing is seen in full at once
 GUESSED = ("prompt lookup", "assistant")  # all may be guessed right: one pass, nothing stored
@@ -89,7 +93,7 @@ GUESSED = ("prompt lookup", "assistant")  # all may be guessed right: one pass, 
 ALTERNATIVES = [
     ("host", "disk", "int4+host"),
     ("sinks+int8", "long window", "long sinks"),
-    (*CHOOSING, "snapkv+int4", "expected+int8+host", "keydiff+disk"),
+    (*CHOOSING, "snapkv+int4", "expected+int8+host", "keydiff+disk", "heads"),
 ]
 
 
@@ -165,7 +169,11 @@ class Row:
     def run(self, cell: Cell) -> Result:
         """The outcome of one cell."""
         start = time.perf_counter()
-        outcome, reason = ("n/a", self.absent) if self.absent else self._outcome(cell)
+        if self.absent:
+            return Result(cell, "n/a", self.absent)
+        with tempfile.TemporaryDirectory() as folder:
+            outcome, reason = self._outcome(cell, folder)
+        reason = reason.replace(str(Path(folder, HEADS)), HEADS)
         return Result(cell, outcome, reason, round(time.perf_counter() - start, 3))
 
     def _wanted(self, call: str) -> Any:
@@ -180,7 +188,7 @@ class Row:
                 self.expected[call] = f"transformers itself: {type(e).__name__}: {first_line(e)}"
         return self.expected[call]
 
-    def _outcome(self, cell: Cell) -> tuple[str, str]:
+    def _outcome(self, cell: Cell, folder: str) -> tuple[str, str]:
         wanted = self._wanted(cell.call)
         if isinstance(wanted, str):
             return "n/a", wanted
@@ -192,8 +200,9 @@ class Row:
         def before() -> None:
             shadow.forwards = 0
 
-        self.caller.spec, self.caller.before = STRATEGIES[cell.strategy], before
+        self.caller.before = before
         try:
+            self.caller.spec = self._spec(cell.strategy, folder)
             with shadow:
                 got = CALLS[cell.call](self.caller)
             return self._judge(cell, got, wanted, shadow)
@@ -208,6 +217,15 @@ class Row:
             return "refused", first_line(e)
         except Exception as e:
             return "crashed", f"{type(e).__name__}: {first_line(e)} ({where(e)})"
+
+    def _spec(self, name: str, folder: str) -> str:
+        """A strategy as it is run; budgets of heads are of this very model."""
+        spec = STRATEGIES[name]
+        if HEADS not in spec:
+            return spec
+        file = str(Path(folder, HEADS))
+        calibrated(self.model.config, file)
+        return spec.replace(HEADS, file)
 
     def _judge(self, cell: Cell, got: Run, wanted: Run, shadow: Shadow) -> tuple[str, str]:
         strategy = parse(STRATEGIES[cell.strategy])

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-FOLDERS = ("retrieval", "stream")
+FOLDERS = ("retrieval", "unseen", "stream")
 
 
 @pytest.fixture(scope="module")
@@ -24,13 +24,13 @@ def test_what_methods_lose_is_what_their_folders_say(script):
     for folder in FOLDERS:
         found |= script.sections(ROOT / "docs" / "benchmarks" / folder)["kept"]
     assert {use: told[use] for use in found} == found
-    assert {"prompt", "stream"} <= set(found)
+    assert set(found) == {"prompt", "prefix", "stream"}
 
 
-def row(strategy, value, metric="retrieval_asked", case=None):
+def row(strategy, value, metric="retrieval_asked", case=None, suite="retrieval"):
     names = ("model", "dataset", "note", "transformers", "torch", "hardware")
     return dict.fromkeys(names) | {
-        "suite": "retrieval", "metric": metric, "strategy": strategy, "context": 2048,
+        "suite": suite, "metric": metric, "strategy": strategy, "context": 2048,
         "value": value, "n": 10, "case": case or {"depth": 0.5},
     }  # fmt: skip
 
@@ -54,3 +54,10 @@ def test_names_and_numbers_become_those_of_the_call(script):
     ]
     assert options[0]["exact"] == 0.7
     assert script.of_methods(rows, *script.METHODS["stream"]) is None
+
+
+def test_budgets_of_heads_are_those_of_the_call_and_no_others_serve(script):
+    names = "expected(budget=512)", "expected(budget=512, heads='m.safetensors')+int4"
+    rows = [row(x, 0.7, "retrieval", suite="unseen") for x in ("transformers:dynamic", *names)]
+    (option,) = script.of_methods(rows, *script.METHODS["prefix"])["options"]
+    assert option["spec"] == "expected(budget={budget}, heads={calibration!r})+int4"

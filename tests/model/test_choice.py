@@ -1,21 +1,34 @@
-"""What `auto` predicts is what is held."""
+"""What is predicted is what is held, of all kinds of strategies that `auto` may take."""
 
 import pytest
 
 import kvplug
 from kvplug.compat import output_cache
+from kvplug.testing.heads import calibrated
 
 
-def test_bytes_predicted_are_bytes_held(real, text):
-    """As many tokens come one by one as the prediction takes for granted."""
-    model, ids = real[0], text[None, :445]
-    ask = {"context": 510, "budget": "1GiB", "drift": "medium", "dtype": model.dtype}
-    _, int8, *_ = kvplug.recommend(model.config, **ask).options
-    out = model.generate(
-        ids,
-        cache_implementation=int8.spec,
-        max_new_tokens=65,
-        do_sample=False,
-        return_dict_in_generate=True,
+def test_bytes_predicted_are_bytes_held(real, text, tmp_path):
+    model, ids = real[0], text[None, :300]
+    file = str(tmp_path / "heads.safetensors")
+    calibrated(model.config, file)
+    strategies = (
+        "growing",
+        "int8",
+        "int4",
+        "snapkv(budget=63)",
+        "snapkv(budget=150)+int4",
+        "expected(budget=150)",
+        f"expected(budget=150, heads={file!r})",
     )
-    assert output_cache(out).nbytes() == pytest.approx(int8.held, rel=0.03)
+    for spec in strategies:
+        out = model.generate(
+            ids,
+            cache_implementation=spec,
+            min_new_tokens=8,
+            max_new_tokens=8,
+            do_sample=False,
+            return_dict_in_generate=True,
+        )
+        size = {"context": 307, "decoded": 7, "dtype": model.dtype}  # the last one is not fed
+        predicted = kvplug.estimate(spec, model.config, **size)
+        assert output_cache(out).nbytes() == pytest.approx(predicted, rel=0.03), spec
