@@ -104,8 +104,8 @@ class Buffer:
     def drop_first(self, n: int) -> None:
         """Forget the first n rows, and give memory back where more is idle than growth leaves."""
         self.start += n
-        if self.capacity > max(len(self) + max(2 * self.unit, len(self) // 4), self.reserve):
-            self._reallocate(max(len(self), self.reserve), self.tensors)
+        if (rows := self._fitting(len(self), self.capacity)) < self.capacity:
+            self._reallocate(rows, self.tensors)
 
     def drop_last(self, n: int) -> None:
         """Forget the last n rows."""
@@ -120,8 +120,16 @@ class Buffer:
     def map(self, change: Callable[[Tensor], Tensor]) -> None:
         """Replace every tensor [B, H, rows, ...] in use by `change` of it, of any B and rows."""
         rows, capacity = {n: change(x) for n, x in self.read().items()}, self.capacity - self.start
-        self.load(rows, capacity)
-        self.drop_first(0)
+        n = next((x.shape[2] for x in rows.values()), 0)
+        self.load(rows, self._fitting(n, capacity))
+
+    def _fitting(self, n: int, capacity: int) -> int:
+        """Of room for `capacity` rows, what to keep for n: less where more is idle than growth
+        leaves.
+        """
+        if capacity > max(n + max(2 * self.unit, n // 4), self.reserve):
+            return max(n, self.reserve)
+        return capacity
 
     def load(self, rows: dict[str, Tensor], capacity: int = 0) -> None:
         """Hold these rows, of which there may be none, in place of what is held."""

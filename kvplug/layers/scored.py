@@ -103,11 +103,17 @@ class ScoredLayer(Layer):
             super().settle()
 
     def _wanted(self, S: int) -> int:
-        """As `Layer` has it; and what a method asks for."""
+        """As `Layer` has it; and those that a method asks for, of few at its next choice."""
         asked = self.retention.queries
         if asked and self.record_past:
             return S  # the call may be rolled back: the newest that stay are not known yet
+        if S < asked:
+            asked = min(asked, asked - self._spare())
         return max(asked, super()._wanted(S))
+
+    def _spare(self) -> int:
+        """How many tokens may come until the next choice; negative where that waits."""
+        return self.retention.budget + self.retention.every - (self.seen - self._first_stored())
 
     def _attended(
         self, queries: Tensor | None, log_sum_exp: Tensor | None, scale: float | None
@@ -152,8 +158,7 @@ class ScoredLayer(Layer):
             return  # the question has not come
         super()._settle(tail, queries)
         # of the queries that came, so many are among the newest at the next choice
-        held = self.seen - self._first_stored()
-        self._keep_queries(wanted - (self.retention.budget + self.retention.every - held))
+        self._keep_queries(wanted - self._spare())
 
     def _keep_queries(self, n: int) -> None:
         if n <= 0:
