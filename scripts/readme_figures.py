@@ -21,12 +21,12 @@ import torch  # noqa: E402
 from transformers import LlamaConfig  # noqa: E402
 
 import kvplug  # noqa: E402
+from evals import suites  # noqa: E402
 from evals.report.render import markdown  # noqa: E402
 from evals.report.runs import Run, load  # noqa: E402
 from evals.rows.tables import Table, share  # noqa: E402
 from evals.setup import shapes  # noqa: E402
 from evals.setup.contenders import EXACT  # noqa: E402
-from evals import suites  # noqa: E402
 from evals.suites import decode as decode_suite  # noqa: E402
 from evals.suites import drift as drift_suite  # noqa: E402
 from evals.suites import encode as encode_suite  # noqa: E402
@@ -250,15 +250,16 @@ def _words(name: str) -> str:
 
 def streaming() -> str:
     """Return what letting tokens go again and again costs a text that goes on."""
-    (run,) = _runs("stream")
     body = []
-    for name in dict.fromkeys(row["strategy"] for row in run.rows):
-        if name == EXACT or name.startswith("control:"):
-            continue
-        kl, top1 = (_row(run, name, metric, 1, 2048) for metric in ("kl", "top1"))
-        held, exact = (_row(run, x, "bytes_held", 1, 2048)["value"] for x in (name, EXACT))
-        spread = f"{kl['value']:.4f} ({kl['p20']:.4f}-{kl['p80']:.4f})"
-        body.append([name, f"{held / exact:.2f}x", spread, f"{top1['value']:.3f}"])
+    for run in _runs("stream", "stream-512"):
+        exact = _row(run, EXACT, "bytes_held", 1, 2048)["value"]
+        for name in dict.fromkeys(row["strategy"] for row in run.rows):
+            if name == EXACT or name.startswith("control:"):
+                continue
+            kl, top1 = (_row(run, name, metric, 1, 2048) for metric in ("kl", "top1"))
+            held = _row(run, name, "bytes_held", 1, 2048)["value"]
+            spread = f"{kl['value']:.4f} ({kl['p20']:.4f}-{kl['p80']:.4f})"
+            body.append([name, f"{held / exact:.2f}x", spread, f"{top1['value']:.3f}"])
     table = _table(["strategy", "held", "KL, nat (p20-p80 of windows) ↓", "top-1 ↑"], body)
     return f"{table}\n\n{drift_suite.method(run.config)}"
 
