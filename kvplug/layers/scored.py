@@ -107,7 +107,7 @@ class ScoredLayer(Layer):
         asked = self.retention.queries
         if asked and self.record_past:
             return S  # the call may be rolled back: the newest that stay are not known yet
-        if S < asked:
+        if asked > S:
             asked = min(asked, asked - self._spare())
         return max(asked, super()._wanted(S))
 
