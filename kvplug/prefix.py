@@ -267,9 +267,12 @@ class _Plan:
                     of_chunk["position_ids"] = columns.expand(*positions.shape[:-2], 1, -1)
                 if "logits_to_keep" in kwargs:  # of which a chunk needs none
                     of_chunk["logits_to_keep"] = torch.arange(0, device=ids.device)
+                for layer in own.layers:
+                    layer.sealing = True  # at once, by the chunk's own queries
                 prefill(ids[:, a:b], config, of_chunk)
                 for layer in own.layers:
                     layer.seal()
+                    layer.sealing = False
                 save([keys[i]], [chunk_of(own, a, b)], after=keys[:i])
 
     def _load(self, own: Cache, keys: list[bytes]) -> int:

@@ -70,6 +70,15 @@ def test_who_was_first_makes_no_difference(model):
     assert store.stats()["hits"] == before + 2  # of the row that was known
 
 
+def test_keys_of_a_chunk_are_rounded_for_its_queries(model):
+    """All of them at once, the newest too: none waits for the next chunk's, or for none."""
+    told = {"store": kvplug.Store("memory://"), "chunk": 16}
+    cache = kvplug.build("int4(block=8, tail=8)", model.config, cache_config=told)
+    model.generate(prompt(45), **cache_argument(cache), max_new_tokens=1)
+    stats = cache.stats()
+    assert stats["blocks_for_queries"] == stats["blocks_encoded"] == len(cache.layers) * 4
+
+
 def test_a_later_turn_of_a_chat(model):
     """A prompt that goes on finds the chunks of the one before; the last token is computed."""
     store = kvplug.Store("memory://")

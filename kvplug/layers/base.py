@@ -72,6 +72,7 @@ class AttentionLayer(RowOperations):
     # --- prefixes: what one chunk of a prompt after the other adds, to be joined again later
 
     by_chunks = False  # whether the four below are there
+    sealing = False  # whether the newest tokens are encoded too, as those of a chunk are
 
     @property
     def before_blocks(self) -> int:
@@ -79,7 +80,7 @@ class AttentionLayer(RowOperations):
         return 0
 
     def seal(self) -> None:
-        """Encode all that is whole, the newest tokens too, which attention must have seen."""
+        """While `sealing`: encode what still waits; attention must have seen all of it."""
 
     def chunk(self, begin: int, end: int) -> dict[str, Tensor]:
         """What columns begin:end, the newest of a sealed layer, add to those before; as `join`."""

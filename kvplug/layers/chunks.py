@@ -21,7 +21,8 @@ class Chunked(Columns):
     by_chunks = True
 
     def seal(self) -> None:
-        self._settle(tail=0)
+        self.settle()
+        self._settle()
 
     @property
     def before_blocks(self) -> int:

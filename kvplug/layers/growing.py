@@ -55,7 +55,7 @@ class Layer(Chunked, CacheLayerMixin):
         self._forget()
 
     def _forget(self) -> None:
-        self.is_initialized = self.record_past = False
+        self.is_initialized = self.record_past = self.sealing = False
         self._take(self.slot.strategy.codec)
         self.seen = 0
         self._expected = 0  # tokens of the prompt, told before it comes
@@ -313,16 +313,15 @@ class Layer(Chunked, CacheLayerMixin):
             self.kernel = self.strategy.kernel.resolve(codec, self.device, self.dtype)
         super()._take(codec)
 
-    def _settle(self, tail: int | None = None, queries: Tensor | None = None) -> None:
+    def _settle(self, queries: Tensor | None = None) -> None:
         """Drop what no later query can see, then encode and place the blocks the tail can spare.
 
-        tail: newest tokens that stay as they are; None: as many as the codec says.
         queries: [B, Q, n, D], those of the newest n tokens, where attention has shown them.
         """
         codec = self.strategy.codec
         self._fetched = None  # a copy of blocks as they were
         self._evict()
-        front, n = self._due(tail)
+        front, n = self._due()
         if n > 0:
             rows = self.tail.read(front, front + n * codec.block)
             keys, values = (rows[x].unflatten(2, (n, codec.block)) for x in ("k", "v"))
@@ -335,7 +334,7 @@ class Layer(Chunked, CacheLayerMixin):
             self.stats.blocks_encoded += n
             self.stats.blocks_for_queries += 0 if moment is None else n
 
-    def _due(self, tail: int | None = None) -> tuple[int, int]:
+    def _due(self) -> tuple[int, int]:
         """How many of the oldest tokens in the tail are first ones, and how many blocks follow that
         it can spare.
         """
@@ -347,7 +346,7 @@ class Layer(Chunked, CacheLayerMixin):
         front -= self._front()
         if front and self.seen < self._last_sink:  # those of some row have not come
             return front, 0
-        n = len(self.tail) - front - (codec.tail if tail is None else tail)
+        n = len(self.tail) - front - (0 if self.sealing else codec.tail)
         return front, max(0, n // codec.block)
 
     def _evict(self) -> None:

@@ -151,12 +151,12 @@ class ScoredLayer(Layer):
 
     # --- choosing
 
-    def _settle(self, tail: int | None = None, queries: Tensor | None = None) -> None:
+    def _settle(self, queries: Tensor | None = None) -> None:
         wanted = self.retention.queries
         self._keep_queries(wanted)
         if self.retention.for_question and self.seen < self._prompt:
             return  # the question has not come
-        super()._settle(tail, queries)
+        super()._settle(queries)
         # of the queries that came, so many are among the newest at the next choice
         self._keep_queries(wanted - self._spare())
 

@@ -8,8 +8,8 @@ DEFECTS = [
     Defect(
         "a chunk that was computed goes on unencoded",
         "kvplug/prefix.py",
-        "                layer.seal()\n",
-        "                pass\n",
+        "layer.sealing = True",
+        "layer.sealing = False",
         (*PREFIX, "-k", "warm and one and device"),
     ),
     Defect(
