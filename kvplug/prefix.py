@@ -17,6 +17,7 @@ from __future__ import annotations
 import copy
 import logging
 import os
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache as once
 from typing import TYPE_CHECKING, Any
@@ -30,7 +31,7 @@ from .layers.state import join, part
 from .retention.full import Full
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Iterator, Mapping
 
     from torch import Tensor
     from transformers import GenerationConfig, PreTrainedModel
@@ -267,12 +268,10 @@ class _Plan:
                     of_chunk["position_ids"] = columns.expand(*positions.shape[:-2], 1, -1)
                 if "logits_to_keep" in kwargs:  # of which a chunk needs none
                     of_chunk["logits_to_keep"] = torch.arange(0, device=ids.device)
-                for layer in own.layers:
-                    layer.sealing = True  # at once, by the chunk's own queries
-                prefill(ids[:, a:b], config, of_chunk)
-                for layer in own.layers:
-                    layer.seal()
-                    layer.sealing = False
+                with _sealing(own):
+                    prefill(ids[:, a:b], config, of_chunk)
+                    for layer in own.layers:
+                        layer.seal()
                 save([keys[i]], [chunk_of(own, a, b)], after=keys[:i])
 
     def _load(self, own: Cache, keys: list[bytes]) -> int:
@@ -325,6 +324,18 @@ def load_chunks(
             cache.layers[i].load_chunks(own, end, devices[i])
     if {int(layer.get_seq_length()) for layer in cache.layers} != {end}:
         raise ValueError("layers are missing")
+
+
+@contextmanager
+def _sealing(cache: Cache) -> Iterator[None]:
+    """All that comes is encoded at once, by its own queries; as ever again where that fails."""
+    for layer in cache.layers:
+        layer.sealing = True
+    try:
+        yield
+    finally:
+        for layer in cache.layers:
+            layer.sealing = False
 
 
 def _twin(cache: Cache, tokens: int) -> Cache:

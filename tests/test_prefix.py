@@ -79,6 +79,22 @@ def test_keys_of_a_chunk_are_rounded_for_its_queries(model):
     assert stats["blocks_for_queries"] == stats["blocks_encoded"] == len(cache.layers) * 4
 
 
+def test_a_chunk_that_fails_leaves_a_cache_that_encodes_as_ever(model):
+    """A cache of the caller's own outlives the call: its tail is as long as the codec says."""
+    told = {"store": kvplug.Store("memory://"), "chunk": 16}
+    cache = kvplug.build("int4(block=8, tail=8)", model.config, cache_config=told)
+
+    def fail(*_):
+        assert any(layer.sealing for layer in cache.layers)
+        raise KeyboardInterrupt
+
+    handle = model.model.layers[-1].register_forward_pre_hook(fail)
+    with pytest.raises(KeyboardInterrupt):
+        model.generate(prompt(45), **cache_argument(cache), max_new_tokens=1)
+    handle.remove()
+    assert not any(layer.sealing for layer in cache.layers)
+
+
 def test_a_later_turn_of_a_chat(model):
     """A prompt that goes on finds the chunks of the one before; the last token is computed."""
     store = kvplug.Store("memory://")

@@ -8,8 +8,8 @@ DEFECTS = [
     Defect(
         "a chunk that was computed goes on unencoded",
         "kvplug/prefix.py",
-        "layer.sealing = True",
-        "layer.sealing = False",
+        "        layer.sealing = True\n",
+        "        layer.sealing = False\n",
         (*PREFIX, "-k", "warm and one and device"),
     ),
     Defect(
