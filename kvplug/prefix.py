@@ -257,7 +257,7 @@ class _Plan:
         done = self._load(own, keys)
         ids = torch.tensor([row], device=self.model.device)
         # a thread that takes a core from torch's makes each of them wait for it
-        spare = ids.device.type != "cpu" or torch.get_num_threads() < (os.cpu_count() or 1)
+        spare = ids.device.type != "cpu" or torch.get_num_threads() < _cores()
         with stores.behind(self.reuse.store.save, WAITING if spare else 0) as save:
             for i in range(done, len(keys)):
                 a, b = self.end(i) if i else 0, self.end(i + 1)
@@ -292,6 +292,13 @@ class _Plan:
         store.count("reused_tokens", n)
         self.cache.reused_tokens += n
         return len(chunks)
+
+
+def _cores() -> int:
+    """Cores that this process may run on; a scheduler may have given it fewer than there are."""
+    if hasattr(os, "sched_getaffinity"):  # Linux
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def chunk_of(cache: Cache, begin: int, end: int) -> dict[str, Tensor]:

@@ -1,6 +1,8 @@
 """A store beside `generate`: warm equals cold, bit for bit, and what it cannot serve is right."""
 
 import copy
+import os
+import threading
 import warnings
 
 import pytest
@@ -93,6 +95,24 @@ def test_a_chunk_that_fails_leaves_a_cache_that_encodes_as_ever(model):
         model.generate(prompt(45), **cache_argument(cache), max_new_tokens=1)
     handle.remove()
     assert not any(layer.sealing for layer in cache.layers)
+
+
+@pytest.mark.parametrize("cores", [1, 2])
+def test_a_thread_writes_where_a_core_is_free(model, monkeypatch, cores):
+    """Of the cores this process may run on, not of all there are."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)), raising=False)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    store, writers = kvplug.Store("memory://"), set()
+    save = store.save
+
+    def noted(*args, **kwargs):
+        writers.add(threading.current_thread())
+        save(*args, **kwargs)
+
+    monkeypatch.setattr(store, "save", noted)
+    answer(model, rows(45), "int8(block=8, tail=8)", {"store": store})
+    assert writers
+    assert (threading.current_thread() in writers) == (cores == 1)
 
 
 def test_a_later_turn_of_a_chat(model):
