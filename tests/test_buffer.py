@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvplug.layers.buffer import Buffer
+from kvplug.layers.newest import Newest
 from kvplug.placement.device import OnDevice
 
 CPU = torch.device("cpu")
@@ -28,7 +29,9 @@ def content(buffer):
 
 @given(
     steps=st.lists(
-        st.tuples(st.sampled_from(["append", "first", "last", "map", "copy"]), st.integers(0, 40)),
+        st.tuples(
+            st.sampled_from(["append", "first", "last", "map", "pick", "copy"]), st.integers(0, 40)
+        ),
         max_size=40,
     ),
     unit=st.sampled_from([1, 4, 16]),
@@ -52,6 +55,10 @@ def test_against_a_list(steps, unit, reserve):
             expected = expected[: len(expected) - n]
         elif name == "map" and expected:
             buffer.map(lambda x: x.flip(0))
+        elif name == "pick" and expected:
+            chosen = list(range(n % len(expected), len(expected), 2))
+            buffer.pick(torch.tensor(chosen).expand(2, 3, -1))
+            expected = [expected[i] for i in chosen]
         elif name == "copy":
             buffer = copy.deepcopy(buffer)
         assert len(buffer) == len(expected)
@@ -137,3 +144,59 @@ def test_clear_and_copy():
     assert len(buffer) == buffer.capacity == 0
     buffer.append({"k": torch.ones(5, 1, 2, 3)})  # another shape, once empty
     assert len(buffer) == 2
+
+
+def test_each_head_picks_its_own_rows_and_room_for_more_stays():
+    buffer = Buffer(OnDevice(), CPU, 4)
+    buffer.append({"k": torch.arange(2 * 3 * 20.0).view(2, 3, 20)})
+    buffer.append({"k": torch.zeros(2, 3, 1)})
+    buffer.drop_first(5)
+    before, room = buffer.read()["k"].clone(), buffer.capacity - buffer.start
+    chosen = torch.stack([torch.randperm(15)[:11].sort().values for _ in range(6)]).view(2, 3, 11)
+    held = buffer.read()["k"]
+    buffer.pick(chosen)
+    assert torch.equal(buffer.read()["k"], before.gather(2, chosen))
+    assert torch.equal(held, before), "what was read has changed"
+    assert buffer.capacity == room > 11
+    buffer.pick(chosen[..., :0])
+    assert len(buffer) == 0
+
+
+def test_picked_rows_keep_the_graph_of_those_held():
+    rows_ = torch.arange(12.0).view(1, 2, 6).requires_grad_()
+    buffer = Buffer(OnDevice(), CPU, 4)
+    buffer.append({"k": rows_})
+    buffer.pick(torch.tensor([[[0, 2], [3, 5]]]))
+    buffer.read()["k"].sum().backward()
+    assert rows_.grad.tolist() == [[[1, 0, 1, 0, 0, 0], [0, 0, 0, 1, 0, 1]]]
+
+
+@given(
+    steps=st.lists(
+        st.tuples(st.sampled_from(["append", "keep", "last", "map", "load"]), st.integers(0, 9)),
+        max_size=40,
+    )
+)
+@settings(max_examples=100, deadline=None, derandomize=True, database=None)
+def test_the_newest_rows_against_a_list(steps):
+    newest, expected, count = Newest(), [], 0
+    for name, n in steps:
+        if name == "append":
+            newest.append(rows(n + 1, count), 6)
+            expected += range(max(count, count + n - 5), count + n + 1)
+            count += n + 1
+        elif name == "keep":
+            newest.keep(n)
+            expected = expected[len(expected) - min(n, len(expected)) :]
+        elif name == "last":
+            n = min(n, len(expected))
+            newest.drop_last(n)
+            expected = expected[: len(expected) - n]
+        elif name == "map":
+            newest.map(lambda x: x.flip(0))
+        else:
+            newest.load(newest.read())
+        assert len(newest) == len(expected)
+        if n % 2:  # pieces are joined only when they are read
+            assert content(newest) == expected
+    assert content(newest) == expected

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import itertools
 from typing import ClassVar
 
 import pytest
@@ -12,10 +13,11 @@ from transformers import FalconConfig, T5Config
 import kvplug
 from kvplug.compat import cache_argument
 from kvplug.registry import REGISTRIES
+from kvplug.retention.base import _highest
 from kvplug.testing import RetentionConformance, tiny_llama
 from kvplug.testing.oracle import one_layer
 from kvplug.testing.specs import SMALL
-from kvplug.testing.tools import assert_close, dense, left_padded, normal, prompt
+from kvplug.testing.tools import assert_close, dense, left_padded, normal, prompt, seeded
 
 
 class TestRetention(RetentionConformance):
@@ -224,6 +226,41 @@ def test_evicted_says_what_to_do():
         layer.crop(-9)
     assert layer.get_seq_length() == 20
     assert torch.equal(layer.keys, before)
+
+
+@pytest.mark.parametrize("n", [1, 5, 30])
+@pytest.mark.parametrize("padding", [(0, 0), (0, 17), (3, 40)], ids=str)
+def test_queries_give_to_what_is_held_and_had_come(n, padding):
+    """After tokens have gone, beside padding and beside what only fills up a row."""
+    B, H, G, T, D = 2, 2, 3, 20, 8
+    positions = torch.stack(
+        [torch.randperm(41, generator=seeded(i))[: T - 1].sort().values for i in range(B * H)]
+    )
+    positions = torch.cat((positions, torch.full((B * H, 1), 41)), 1).view(B, H, T)
+    positions[1, 1, :4] = -1
+    tokens = kvplug.Candidates(
+        normal(B, H, T, D, seed=0), normal(B, H, T, D, seed=1), positions, torch.tensor(padding),
+        normal(B, G * H, n, D, seed=2), scale=0.5,
+    )  # fmt: skip
+    got = tokens.attention()
+    for b, h, g, q in itertools.product(*map(range, (B, H, G, n))):
+        came = 41 - (n - 1 - q)
+        at = positions[b, h]
+        sees = (at <= came) & (at >= padding[b])
+        weights = torch.zeros(T)
+        scores = tokens.keys[b, h] @ tokens.queries[b, G * h + g, q] / 2
+        weights[sees] = scores[sees].softmax(-1)
+        assert_close(got[b, h, g, q], weights)
+
+
+@pytest.mark.parametrize("n", [0, 7, 12])
+def test_the_highest_are_chosen_and_of_equals_the_newer(n):
+    score = torch.randint(0, 4, (1, 3, 12), generator=seeded(0)).float()
+    score[0, 1, :4] = -torch.inf
+    score[0, 2, 9:] = torch.inf
+    for scores, chosen in zip(score[0], _highest(score, n)[0], strict=True):
+        best = sorted(range(12), key=lambda i: (scores[i], i))[12 - n :]
+        assert chosen.tolist() == sorted(best)
 
 
 @dataclasses.dataclass(frozen=True)

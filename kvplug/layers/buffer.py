@@ -7,6 +7,7 @@ from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
 import torch
+from torch.nn.functional import pad
 
 from ..attention.gradients import recorded
 
@@ -119,9 +120,31 @@ class Buffer:
 
     def map(self, change: Callable[[Tensor], Tensor]) -> None:
         """Replace every tensor [B, H, rows, ...] in use by `change` of it, of any B and rows."""
-        rows, capacity = {n: change(x) for n, x in self.read().items()}, self.capacity - self.start
+        self._replace({name: change(x) for name, x in self.read().items()})
+
+    def pick(self, rows: Tensor) -> None:
+        """Hold, of the rows in use, those numbered rows [B, H, n] alone, in this order."""
+        B, H, n = rows.shape
+        heads = torch.arange(B * H, device=rows.device).view(B, H, 1)
+        of_all = rows + (heads * self.capacity + self.start)  # among B * H * capacity
+        held = {name: x.flatten(0, 2) for name, x in self.tensors.items()}
+        if recorded(*held.values()):
+            self._replace({name: x[of_all.to(x.device)] for name, x in held.items()})
+            return
+        capacity = max(n, self._fitting(n, self.capacity - self.start), self.reserve)
+        of_all = pad(of_all, (0, capacity - n)).flatten()  # and any row for room
+        with lasting():
+            self.tensors = self._room(capacity, self.tensors)
+        for name, x in held.items():
+            room = self.tensors[name].view(B * H * capacity, *x.shape[1:])
+            torch.index_select(x, 0, of_all.to(x.device), out=room)
+        self._latest = ((), {})
+        self.start, self.end = 0, n
+
+    def _replace(self, rows: dict[str, Tensor]) -> None:
+        """Hold these, in no more room than before."""
         n = next((x.shape[2] for x in rows.values()), 0)
-        self.load(rows, self._fitting(n, capacity))
+        self.load(rows, self._fitting(n, self.capacity - self.start))
 
     def _fitting(self, n: int, capacity: int) -> int:
         """Of room for `capacity` rows, what to keep for n: less where more is idle than growth
@@ -173,14 +196,17 @@ class Buffer:
     def _reallocate(self, capacity: int, like: dict[str, Tensor]) -> None:
         live = self.read()
         with lasting():
-            self.tensors = {
-                name: self.place.empty((*x.shape[:2], capacity, *x.shape[3:]), x.dtype, self.device)
-                for name, x in like.items()
-            }
+            self.tensors = self._room(capacity, like)
         self._latest = ((), {})
         for name, x in live.items():
             self.tensors[name][:, :, : len(self)] = x
         self.start, self.end = 0, len(self)
+
+    def _room(self, capacity: int, like: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {
+            name: self.place.empty((*x.shape[:2], capacity, *x.shape[3:]), x.dtype, self.device)
+            for name, x in like.items()
+        }
 
     def __deepcopy__(self, memo: dict) -> Buffer:
         place = copy.deepcopy(self.place, memo)

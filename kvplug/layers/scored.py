@@ -11,6 +11,7 @@ from ..placement.device import OnDevice
 from ..retention.base import Candidates
 from .buffer import Buffer, lasting
 from .growing import Layer
+from .newest import Newest
 from .state import nest, rows
 
 if TYPE_CHECKING:
@@ -55,7 +56,7 @@ class ScoredLayer(Layer):
         """As `Layer` does; and room for positions and queries."""
         super().lazy_initialization(key_states, value_states)
         self.positions = Buffer(OnDevice(), self.device, 16)  # [B, H, T], of blocks and tail
-        self.queries = Buffer(OnDevice(), self.device, 16)  # [B, Q, n, Dk], and their log-sum-exp
+        self.queries = Newest()  # [B, Q, n, Dk], and their log-sum-exp
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
@@ -86,8 +87,8 @@ class ScoredLayer(Layer):
         if self._unseen:
             raise Unseen(
                 f"{self.retention} chooses by the queries of attention, and none came by for the "
-                f"newest {self._unseen} tokens: it needs attn_implementation='sdpa', whose query "
-                "a cache can see"
+                f"newest {self._unseen} tokens: it needs attn_implementation='sdpa', whose query a "
+                "cache can see, and a model that hands it what the cache returned, as it is"
             )
 
     def _after_update(self, S: int) -> None:
@@ -112,8 +113,9 @@ class ScoredLayer(Layer):
         return max(asked, super()._wanted(S))
 
     def _spare(self) -> int:
-        """How many tokens may come until the next choice; negative where that waits."""
-        return self.retention.budget + self.retention.every - (self.seen - self._first_stored())
+        """How many tokens may come until the next choice; none or fewer: it is due."""
+        held = len(self.tail) + len(self.blocks) * self.strategy.codec.block
+        return self.retention.budget + self.retention.every - held
 
     def _attended(
         self, queries: Tensor | None, log_sum_exp: Tensor | None, scale: float | None
@@ -123,10 +125,9 @@ class ScoredLayer(Layer):
             self._scale = scale
             new = {"q": queries}
             if log_sum_exp is not None:
-                new["lse"] = log_sum_exp
-            with lasting():
-                wanted = queries.shape[2] if self.record_past else self.retention.queries
-                self.queries.append({name: x[:, :, -wanted:] for name, x in new.items()})
+                new["lse"] = log_sum_exp.detach()
+            n = queries.shape[2] if self.record_past else self.retention.queries
+            self.queries.append(new, n)
         super()._attended(queries, log_sum_exp, scale)
 
     # --- columns
@@ -153,49 +154,53 @@ class ScoredLayer(Layer):
 
     def _settle(self, queries: Tensor | None = None) -> None:
         wanted = self.retention.queries
-        self._keep_queries(wanted)
+        self.queries.keep(wanted)
         if self.retention.for_question and self.seen < self._prompt:
             return  # the question has not come
-        super()._settle(queries)
+        spare = self._spare()
+        if spare <= 0 or self.cuts_blocks:
+            super()._settle(queries)
+            spare = self._spare()
         # of the queries that came, so many are among the newest at the next choice
-        self._keep_queries(wanted - self._spare())
-
-    def _keep_queries(self, n: int) -> None:
-        if n <= 0:
-            self.queries.clear()  # and its room, as much as many tokens in few bits
-        else:
-            self.queries.drop_first(max(0, len(self.queries) - n))
+        self.queries.keep(max(0, wanted - spare))
 
     def _evict(self) -> None:
-        block, blocks = self.strategy.codec.block, len(self.blocks)
-        if blocks * block + len(self.tail) < self.retention.budget + self.retention.every:
+        if self._spare() > 0:
             return
+        block, blocks = self.strategy.codec.block, len(self.blocks)
         self._check_seen()
         with torch.no_grad():
             tokens = self._candidates()
             known = dict(tokens.state)
             kept = self.retention.keep(tokens, blocks if self.cuts_blocks else None, block)
         if kept.blocks.shape[-1] < blocks:
-            self.blocks.map(lambda x: _pick(x, kept.blocks))
-        self.tail.map(lambda x: _pick(x, kept.tokens))
-        offsets = torch.arange(block, device=kept.tokens.device)
-        of_blocks = (kept.blocks[..., None] * block + offsets).flatten(2)
-        columns = torch.cat((of_blocks, kept.tokens + blocks * block), dim=-1)
-        self.positions.map(lambda x: _pick(x, columns))
+            self.blocks.pick(kept.blocks)
+        self.tail.pick(kept.tokens)
+        columns = kept.tokens
+        if blocks:
+            offsets = torch.arange(block, device=columns.device)
+            of_blocks = (kept.blocks[..., None] * block + offsets).flatten(2)
+            columns = torch.cat((of_blocks, columns + blocks * block), dim=-1)
+        self.positions.pick(columns)
         with lasting():
-            for name, x in tokens.state.items():  # what has not been cut has not been judged
-                before = known[name] if name in known else torch.zeros_like(x)
-                cut = kept.cut.view(*kept.cut.shape, *[1] * (x.dim() - 2))
-                self.memory[name] = _pick(torch.where(cut, x, before), columns)
-            hidden = self.positions.read(of_blocks.shape[-1])["p"]
-            hidden.masked_fill_(kept.hidden, -1)
-        self._check_mask()
+            for name, x in tokens.state.items():
+                if kept.cut is not None:  # what has not been cut has not been judged
+                    before = known[name] if name in known else torch.zeros_like(x)
+                    x = torch.where(kept.cut.view(*kept.cut.shape, *[1] * (x.dim() - 2)), x, before)
+                self.memory[name] = _pick(x, columns)
+            if kept.hidden is not None:
+                behind = columns.shape[-1] - kept.tokens.shape[-1]
+                self.positions.read(behind)["p"].masked_fill_(kept.hidden, -1)
+        if tokens.whole:
+            self._own_mask = False  # no column of padding is left
+        else:
+            self._check_mask()
         self._since_eviction = 0
         self.evictions += 1
 
     def _candidates(self) -> Candidates:
         keys, values = (self._read(self._first_stored(), self.seen, side) for side in (0, 1))
-        seen = self.queries.read() if len(self.queries) else {}
+        seen = self.queries.read()
         positions = self.positions.read()["p"]
         T = positions.shape[-1]
         state = {
@@ -260,5 +265,5 @@ class ScoredLayer(Layer):
 
 def _pick(x: Tensor, rows: Tensor) -> Tensor:
     """Rows [B, H, n] of x [B, H, N, ...]."""
-    rows = rows.to(x.device).view(*rows.shape, *[1] * (x.dim() - 3))
+    rows = rows.view(*rows.shape, *[1] * (x.dim() - 3))
     return x.gather(2, rows.expand(-1, -1, -1, *x.shape[3:]))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, ClassVar, NamedTuple, Self
 
 import torch
@@ -92,10 +93,15 @@ class Candidates:
     scale: float | None = None
     state: dict[str, Tensor] = field(default_factory=dict)
 
-    @property
+    @cached_property
     def real(self) -> Tensor:
         """Which of them are tokens, and no padding, [B, H, T] bool."""
         return self.positions >= self.padding[:, None, None]
+
+    @cached_property
+    def whole(self) -> bool:
+        """Whether all of them are."""
+        return bool(self.real.all())
 
     def attention(self) -> Tensor:
         """What each of the queries gives to each token, [B, H, G, n, T] float32, G = Q / H.
@@ -104,13 +110,16 @@ class Candidates:
         """
         B, H, T, D = self.keys.shape
         n = self.queries.shape[2]
-        queries = self.queries.float().reshape(B, H, -1, D)  # [B, H, G * n, D]
-        scores = (queries * self.scale) @ self.keys.float().mT
+        queries = self.queries.float().reshape(B, H, -1, D) * self.scale  # [B, H, G * n, D]
+        scores = (queries @ self.keys.float().mT).view(B, H, -1, n, T)
+        # all but the newest n were there before any of the queries: tokens stand in order
         age = torch.arange(n - 1, -1, -1, device=self.keys.device)[:, None]
-        seen = self.positions[:, :, None] <= self.positions[:, :, -1:, None] - age  # [B, H, n, T]
-        hidden = ~(seen & self.real[:, :, None])[:, :, None]
-        # queries of padding see nothing
-        return scores.view(B, H, -1, n, T).masked_fill(hidden, -torch.inf).softmax(-1).nan_to_num()
+        later = self.positions[:, :, None, -n:] > self.positions[:, :, -1:, None] - age
+        scores[..., -n:].masked_fill_(later[:, :, None], -torch.inf)
+        if self.whole:
+            return scores.softmax(-1)
+        scores.masked_fill_(~self.real[:, :, None, None], -torch.inf)
+        return scores.softmax(-1).nan_to_num_()  # queries of padding see nothing
 
 
 class Kept(NamedTuple):
@@ -118,14 +127,16 @@ class Kept(NamedTuple):
 
     blocks: indices [B, H, n] of blocks
     tokens: indices [B, H, m] of tokens behind the blocks, counted from the first of these
-    hidden: [B, H, m] bool, which of `tokens` only fill up a row that keeps fewer: its first
-    cut: [B, H] bool, which rows and heads it was time for; others keep all that they have
+    hidden: [B, H, m] bool, which of `tokens` only fill up a row that keeps fewer, its first; None
+        where all keep as many
+    cut: [B, H] bool, which rows and heads it was time for, others keep all that they have; None:
+        all of them
     """
 
     blocks: Tensor
     tokens: Tensor
-    hidden: Tensor
-    cut: Tensor
+    hidden: Tensor | None = None
+    cut: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -204,35 +215,43 @@ class Scored(Retention):
 
         Padding goes first; of equals the newer stays.
         """
-        score, real, alone = self._ranked(tokens), tokens.real, blocks is None
-        blocks = blocks or 0
+        score, real = self._ranked(tokens), tokens.real
+        T = score.shape[-1]
+        if blocks is None:
+            none = score.new_empty(*score.shape[:2], 0, dtype=torch.long)
+            if tokens.whole and self.budget + self.every <= T:
+                return Kept(none, _highest(score, self.budget))
+            held = real.sum(-1)  # [B, H]
+            cut = held >= self.budget + self.every
+            quota = torch.where(cut, self.budget, held)[..., None]  # [B, H, 1]
+            best = _best(score, int(quota.max()))
+            # beyond a row's quota they only fill it up, in front
+            hidden = torch.arange(best.shape[-1] - 1, -1, -1, device=best.device) >= quota
+            order = torch.where(hidden, best - T, best).sort(dim=-1).values
+            return Kept(none, order % T, order < 0, cut)
         encoded = blocks * block
-        excess = score.shape[-1] - self.budget
+        excess = T - self.budget
         gone = min(blocks, excess // block)
-        tail = score.shape[-1] - encoded
+        tail = T - encoded
         rest = tail - (excess - gone * block)  # tokens that stay behind blocks
         if gone < blocks and rest < min(tail, self.recent):  # those that stay leave too few to go
             gone, rest = gone + 1, tail
-        quota = torch.full_like(tokens.positions[..., 0], rest)  # [B, H]
-        cut = torch.ones_like(quota, dtype=torch.bool)
-        if alone:
-            held = real.sum(-1, dtype=quota.dtype)
-            cut = held >= self.budget + self.every
-            quota = torch.where(cut, self.budget, held)
         # the mean over what is no padding; a block of padding alone goes first
         of_blocks = score[..., :encoded].unflatten(-1, (blocks, block))
         weight = real[..., :encoded].unflatten(-1, (blocks, block))
         mean = of_blocks.masked_fill(~weight, 0).sum(-1) / weight.sum(-1).clamp_min(1)
         mean = mean.masked_fill(~weight.any(-1), -torch.inf)
-        kept = _highest(mean, torch.full_like(quota, blocks - gone))[0]
-        return Kept(kept, *_highest(score[..., encoded:], quota), cut)
+        return Kept(_highest(mean, blocks - gone), _highest(score[..., encoded:], rest))
 
     def _ranked(self, tokens: Candidates) -> Tensor:
         """Scores [B, H, T], with those of padding lowest and of what always stays highest."""
         positions, padding = tokens.positions, tokens.padding[:, None, None]
-        stays = positions < padding + self.sinks
-        stays |= positions > positions[..., -1:] - self.recent
+        stays = positions > positions[..., -1:] - self.recent
+        if self.sinks:
+            stays |= positions < padding + self.sinks
         score = self.score(tokens).masked_fill(stays, torch.inf)
+        if tokens.whole:
+            return score
         return score.masked_fill(~tokens.real, -torch.inf)
 
     def conflict(self, strategy: Strategy) -> str | None:
@@ -241,16 +260,11 @@ class Scored(Retention):
         return None
 
 
-def _highest(score: Tensor, quota: Tensor) -> tuple[Tensor, Tensor]:
-    """Indices [B, H, n] of the highest scores [B, H, T], rising; of equals the later ones.
+def _best(score: Tensor, n: int) -> Tensor:
+    """Indices [B, H, n] of the highest scores [B, H, T], the best last; of equals the later."""
+    return score.argsort(dim=-1, stable=True)[..., score.shape[-1] - n :]
 
-    n is the largest `quota` [B, H]. Where that is smaller the first indices fill up, and the second
-    tensor, [B, H, n] bool, says which.
-    """
-    best = score.flip(-1).argsort(dim=-1, descending=True, stable=True)
-    places = torch.arange(best.shape[-1], device=best.device).expand_as(best)
-    rank = torch.empty_like(best).scatter_(-1, best, places)
-    chosen = rank.flip(-1) < quota[..., None]
-    n = int(quota.max()) if quota.numel() else 0
-    order = chosen.int().argsort(dim=-1, stable=True)[..., chosen.shape[-1] - n :]
-    return order, ~chosen.gather(-1, order)
+
+def _highest(score: Tensor, n: int) -> Tensor:
+    """The same, rising indices."""
+    return _best(score, n).sort(dim=-1).values

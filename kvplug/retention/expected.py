@@ -34,13 +34,18 @@ class Expected(Scored):
     recent: int = option(64, "newest tokens that stay", ge=0)
 
     def score(self, tokens: Candidates) -> Tensor:
-        H = tokens.keys.shape[1]
+        H, n = tokens.keys.shape[1], tokens.queries.shape[2]
         queries = tokens.queries.float().unflatten(1, (H, -1)) * tokens.scale  # [B, H, G, n, D]
         mean = queries.mean(3, keepdim=True)
-        spread = queries - mean
-        keys = tokens.keys.float()[:, :, None]  # [B, H, 1, T, D]
+        both = torch.cat((mean, queries - mean), dim=3)  # [B, H, G, 1 + n, D]
+        products = both.flatten(2, 3) @ tokens.keys.float().mT
+        products = products.unflatten(2, (-1, 1 + n))  # [B, H, G, 1 + n, T]
         # k C k is the mean square of the products with each query's distance from the mean
-        logits = (mean @ keys.mT)[..., 0, :] + (spread @ keys.mT).square().mean(3) / 2
-        logits = logits.masked_fill(~tokens.real[:, :, None], -torch.inf)  # [B, H, G, T]
-        weights = logits.softmax(-1).nan_to_num().mean(2)
+        spread = products[:, :, :, 1:].square_().mean(3)
+        logits = products[:, :, :, 0] + spread / 2  # [B, H, G, T]
+        if not tokens.whole:  # of padding alone nothing is expected
+            logits = logits.masked_fill(~tokens.real[:, :, None], -torch.inf)
+        weights = logits.softmax(-1).mean(2)
+        if not tokens.whole:
+            weights = weights.nan_to_num()
         return weights * tokens.values.float().norm(dim=-1)

@@ -218,7 +218,10 @@ class Shadow:
             if mask is not None and mask.dim() == 4 and mask.shape[1] > 1:
                 mask = heads.of(mask, i)
             outs = heads.of(got, i), heads.of(query, i)
-            self._compare_attention(original, *outs, call.stored, value, mask, is_causal, scale)
+            own = value  # a view, of which each group has its part; else what a model made of one
+            if not isinstance(value, View):
+                own = heads.of(value, i)
+            self._compare_attention(original, *outs, call.stored, own, mask, is_causal, scale)
         return got
 
     def _compare_attention(

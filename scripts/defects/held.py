@@ -53,8 +53,8 @@ DEFECTS = [
     Defect(
         "tokens chosen by score are out of order",
         "kvplug/retention/base.py",
-        "return order, ~chosen.gather(-1, order)",
-        "return order.flip(-1), ~chosen.gather(-1, order).flip(-1)",
+        "return _best(score, n).sort(dim=-1).values",
+        "return _best(score, n).sort(dim=-1, descending=True).values",
         ("tests/test_retention.py", "-k", "Scored or scored"),
     ),
     Defect(
