@@ -12,7 +12,7 @@ import re
 import sys
 from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
@@ -367,7 +367,7 @@ class Quality(NamedTuple):
 def _quality() -> dict[str, Quality]:
     """Return the quality of what the full report has asked for words."""
     drift, hay, made = _part("drift"), _part("retrieval"), {}
-    names = [r["strategy"] for r in hay.rows if r["metric"] == "retrieval" and _is_todays(r)]
+    names = [r["strategy"] for r in hay.rows if r["metric"] == "retrieval"]
     for name in dict.fromkeys(names):
         kl, top1 = (_row(drift, name, metric, 1, 2048)["value"] for metric in ("kl", "top1"))
         found = [
@@ -377,11 +377,6 @@ def _quality() -> dict[str, Quality]:
         ]
         made[name] = Quality(f"{kl:.5f}", f"{top1:.4f}", f"{sum(found) / len(found):.2f}")
     return made
-
-
-def _is_todays(row: dict[str, Any]) -> bool:
-    """Whether what was measured is what the name means today, with all of its arguments."""
-    return ":" in row["strategy"] or row["spec"] == repr(kvplug.parse(row["strategy"]))
 
 
 def _found(run: Run, strategy: str, metric: str) -> str:
