@@ -69,6 +69,7 @@ class Cache(transformers.Cache):
     def stats(self) -> dict:
         """What ran: calls per kernel, dense copies by cause, blocks encoded; and the full spec.
 
+        `encoders`: blocks that `numba`, a compiled loop, or plain `torch` has encoded.
         `blocks_for_queries`: those of them whose keys were rounded for queries of attention.
         `swinging`: whether keys of some layer swung within a block, and may lose more than those of
         other models. `widened`: codecs that such layers have where fewer bits were asked for, with

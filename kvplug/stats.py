@@ -18,6 +18,7 @@ class Stats:
 
     def __init__(self) -> None:
         self.kernels: Counter[str] = Counter()
+        self.encoders: Counter[str] = Counter()  # blocks that each has encoded
         self.materialised: Counter[str] = Counter()
         self.blocks_encoded = 0
         self.blocks_for_queries = 0  # of these: keys rounded for the queries that attention showed
@@ -33,6 +34,11 @@ class Stats:
                 reason,
             )
         self.materialised[reason] += 1
+
+    def encoded(self, blocks: int, encoder: str) -> None:
+        """Count blocks, and what has encoded them."""
+        self.blocks_encoded += blocks
+        self.encoders[encoder] += blocks
 
     def swing(self, codec: Codec, given: Codec) -> None:
         """Say once that keys of a layer swing, and by what they are encoded."""
@@ -60,6 +66,7 @@ class Stats:
         """A copy in plain types, for JSON."""
         return {
             "kernels": dict(self.kernels),
+            "encoders": dict(self.encoders),
             "materialised": dict(self.materialised),
             "blocks_encoded": self.blocks_encoded,
             "blocks_for_queries": self.blocks_for_queries,

@@ -49,10 +49,10 @@ def _compiled_once(tmp_path_factory):
     compiled, path = process.compiled, tmp_path_factory.getbasetemp().parent / "kernel.lock"
 
     @cache
-    def one_by_one():
+    def one_by_one(function):
         with path.open("w") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
-            return compiled.__wrapped__()
+            return compiled.__wrapped__(function)
 
     process.compiled = one_by_one
     yield

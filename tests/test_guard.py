@@ -10,6 +10,7 @@ import kvplug
 from evals.measure.biased import biased, channel
 from kvplug.codecs import rotated
 from kvplug.codecs.guard import swings
+from kvplug.codecs.hadamard import turn
 from kvplug.compat import cache_argument
 from kvplug.testing.oracle import one_layer
 from kvplug.testing.tools import left_padded, normal, prompt, same, tiny_llama
@@ -25,7 +26,7 @@ def swinging(times, period, tokens=64, D=64, B=1, H=2):
 
 def hostile(keys, block=64):
     """Of keys [B, H, T, D] that are turned as a codec turns them."""
-    return swings(rotated._turn(keys).unflatten(2, (-1, block)))
+    return swings(turn(keys).unflatten(2, (-1, block)))
 
 
 @pytest.mark.parametrize("period", [20, 64])

@@ -53,6 +53,11 @@ def compiled_scalars(x, i, out):
 
 
 @njit
+def compiled_halves(bits, x):
+    return simd.from_half(bits), simd.to_half(x)
+
+
+@njit
 def compiled_bits(x, i, out):
     simd.store(out, 0, simd.load_bits(x, i))
 
@@ -121,6 +126,21 @@ def test_scalars():
             expected = [x.view(np.float32)[i], halves[i], brains[i]]
             assert np.array_equal(out[:3], np.array(expected, np.float32), equal_nan=True)
             assert byte == x.view(np.uint8)[i]
+
+
+def test_to_and_from_half():
+    """Rounded to nearest, ties to even, from below the least to above the largest float16."""
+    x = np.array([0.0, -0.0, 1, 1 + 2**-11, 1 + 3 * 2**-11, -2.1, 2**-25, 2**-24, 3e-6], np.float32)
+    x = np.concatenate((x, np.array([65504, 65519.9, 65520, 1e9, -np.inf], np.float32)))
+    with np.errstate(over="ignore"):
+        wanted = x.astype(np.float16)
+    for function in (compiled_halves, compiled_halves.py_func):
+        for half, number in zip(wanted, x, strict=True):
+            bits = int(half.view(np.uint16))
+            assert function(bits, number) == (float(half), bits)
+        back, bits = function(0x7E00, np.float32(np.nan))
+        assert np.isnan(back)
+        assert np.isnan(np.uint16(bits).view(np.float16))
 
 
 def test_bits():

@@ -10,6 +10,7 @@ from ..stage import Stage
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    import torch
     from torch import Tensor
     from transformers import PreTrainedConfig
 
@@ -55,6 +56,10 @@ class Codec(Stage):
             )
         if "decode_side" in vars(cls) and "format" not in vars(cls):
             cls.format = None  # not that of a parent, which has other bytes
+
+    def encoder(self, device: torch.device) -> str:
+        """What encodes tensors of a device: `torch`, or the name of a kernel."""
+        return "torch"
 
     def encode_side(self, x: Tensor, side: int) -> Encoded:
         """Encode keys or values [B, H, N, block, D] of any float dtype.

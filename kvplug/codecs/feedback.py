@@ -12,7 +12,6 @@ whatever M is.
 
 from __future__ import annotations
 
-from functools import cache
 from typing import TYPE_CHECKING
 
 import torch
@@ -20,8 +19,6 @@ import torch
 from .hadamard import spreader
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from torch import Tensor
 
 # of the mean diagonal of M, added to it: directions that no query has looked in count too
@@ -60,7 +57,7 @@ def order_and_weights(moment: Tensor) -> tuple[Tensor, Tensor]:
     M = moment.gather(-2, order[..., None].expand_as(moment))
     M = M.gather(-1, order[..., None, :].expand_as(moment))
     damping = DAMPING * diagonal.mean(-1) + torch.finfo(torch.float32).tiny
-    M = M + damping[..., None, None] * torch.eye(M.shape[-1], device=M.device)
+    M.diagonal(dim1=-2, dim2=-1).add_(damping[..., None])
     L, failed = torch.linalg.cholesky_ex(M.flip(-2, -1))  # upper triangular once flipped back
     L = L.flip(-2, -1)
     weights = (L / L.diagonal(dim1=-2, dim2=-1)[..., None, :]).mT
@@ -68,49 +65,27 @@ def order_and_weights(moment: Tensor) -> tuple[Tensor, Tensor]:
     return order, torch.where(usable[..., None, None], weights, 0.0).tril(-1)
 
 
-def round_keys(x: Tensor, scale: Tensor, zero: Tensor, bits: int, moment: Tensor) -> Tensor:
-    """Codes [B, H, N, D, G] uint8 of keys x [B, H, N, D, G] that were turned, G tokens of a block.
-
-    scale and zero [B, H, N, D] are those of `quantize`; moment [B, H, D, D] is turned as keys are.
-    """
-    order, weights = order_and_weights(moment)
-    x, scale, zero = x.contiguous(), scale.float(), zero.float()
-    compiled = _compiled() if x.device.type == "cpu" else None
-    if compiled is None or not x.numel():
-        return round_in_torch(x, scale, zero, bits, order, weights)
-    codes = torch.empty(x.shape, dtype=torch.uint8)
-    flat = (x.flatten(0, 2), scale.flatten(0, 2), zero.flatten(0, 2), order.flatten(0, 1))
-    arrays = (y.contiguous().numpy() for y in (*flat, weights.flatten(0, 1)))
-    compiled(*arrays, 2**bits - 1, codes.flatten(0, 2).numpy())
-    return codes
-
-
-def round_in_torch(
+def round_keys(
     x: Tensor, scale: Tensor, zero: Tensor, bits: int, order: Tensor, weights: Tensor
 ) -> Tensor:
-    """What `round_keys` does, in plain torch: a loop over channels, all blocks at once."""
-    codes, errors = torch.empty_like(x, dtype=torch.uint8), torch.zeros_like(x)
+    """Codes [B, H, N, D, G] uint8 of keys x [B, H, N, D, G] that were turned, G tokens of a block.
+
+    scale and zero [B, H, N, D] are those of `quantize`; order [B, H, D] and weights [B, H, D, D]
+    those of queries that are turned as keys are. What is lost is added up channel by channel, in
+    that order, each product rounded: compiled code can do the same.
+    """
+    scale, zero = scale.float(), zero.float()
+    codes = torch.empty_like(x, dtype=torch.uint8)
+    lost = torch.zeros_like(x)  # in the order of rounding
     for j in range(x.shape[3]):
         channel = order[:, :, None, j, None, None].expand(*x.shape[:3], 1, x.shape[4])
         step, low = (y.gather(3, channel[..., 0]) for y in (scale, zero))
         own = x.gather(3, channel)[..., 0, :]
-        lost = (weights[:, :, None, j : j + 1, :j] @ errors[..., :j, :])[..., 0, :]
         inverse = 1 / step.clamp_min(1e-30)
         number = (own - low) * inverse
-        code = (number - lost * inverse).round()
+        code = (number - lost[..., j, :] * inverse).round()
         code = code.clamp(number.floor(), number.ceil()).clamp(0, 2**bits - 1)
-        errors[..., j, :] = code * step + low - own
+        error = (code * step + low - own)[..., None, :]
+        lost[..., j + 1 :, :] += weights[:, :, None, j + 1 :, j, None] * error
         codes.scatter_(3, channel, code.to(torch.uint8)[..., None, :])
     return codes
-
-
-@cache
-def _compiled() -> Callable | None:
-    """The same as one compiled loop; None where Numba is not installed."""
-    try:
-        from ..kernels.numba.rounding import round_blocks
-    except ModuleNotFoundError as e:
-        if e.name != "numba":
-            raise
-        return None
-    return round_blocks

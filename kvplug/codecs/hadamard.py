@@ -18,6 +18,12 @@ def spreader(n: int, device: torch.device) -> Tensor:
     return (_spreader if torch.compiler.is_compiling() else _kept)(n, device)
 
 
+def turn(x: Tensor) -> Tensor:
+    """U x / D of x [..., D] of any float dtype: float32."""
+    D = x.shape[-1]
+    return (x.float() @ spreader(D, x.device).T) / D
+
+
 def _spreader(n: int, device: torch.device) -> Tensor:
     odd = n // (n & -n)
     i = torch.arange(n, device=device)

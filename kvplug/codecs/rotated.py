@@ -13,13 +13,13 @@ import torch
 from .. import calibration
 from ..errors import SpecError
 from ..stage import option
-from . import widths
+from . import integers, widths
 from .base import Codec, Encoded
-from .feedback import round_keys, turned
-from .formats import LEVELS, PLANES, WIDTHS, decode_rotated, levels, unpack
+from .feedback import order_and_weights, turned
+from .formats import PLANES, WIDTHS, decode_rotated, levels, unpack
 from .guard import swings
-from .hadamard import spreader
-from .quantize import group_of, half_step, pack, quantize
+from .hadamard import spreader, turn
+from .quantize import group_of, half_step
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -27,9 +27,6 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedConfig
 
-# the largest number that a code of so many bits means, of the root mean square of values that are
-# normal (Max, 1960); with more bits nothing is cut off
-LARGEST = {2: 1.494, 3: 2.05, 4: 2.51}
 JUDGED = 4  # blocks that say whether keys swing
 FED = 2.0  # times less KL by keys that are rounded for queries: a calibration rounds plainly
 LOST = 2.0**-18  # of a number, by turning it in float32, there and back
@@ -108,7 +105,7 @@ class Rotated(Codec):
         ]
 
     def hostile(self, keys: Tensor) -> bool:
-        return swings(_turn(keys[:, :, :JUDGED]))
+        return swings(turn(keys[:, :, :JUDGED]))
 
     def for_hostile(self) -> Codec:
         """With keys of 8 bits."""
@@ -132,22 +129,16 @@ class Rotated(Codec):
     def feedback(self) -> bool:
         return self.k_bits < 8  # where there is something to gain
 
+    def encoder(self, device: torch.device) -> str:
+        return integers.encoder(device)
+
     def encode_side(self, x: Tensor, side: int) -> Encoded:
-        numbers = _turn(x)
         if side == 0:
-            return self._keys(*quantize(numbers.transpose(-1, -2), self.k_bits))
-        codes, scale = _quantize_values(numbers, group_of(x.shape[-1], self.group), self.v_bits)
-        packed = pack(codes.transpose(-1, -2), self.v_bits).transpose(-1, -2)
-        return {"v_codes": packed.contiguous(), "v_scale": scale}
+            return integers.keys(x, self.k_bits)
+        return integers.values(x, self.v_bits, group_of(x.shape[-1], self.group))
 
     def encode_keys(self, keys: Tensor, moment: Tensor) -> Encoded:
-        numbers = _turn(keys).transpose(-1, -2)
-        _, scale, zero = quantize(numbers, self.k_bits)
-        codes = round_keys(numbers, scale, zero, self.k_bits, turned(moment))
-        return self._keys(codes, scale, zero)
-
-    def _keys(self, codes: Tensor, scale: Tensor, zero: Tensor) -> Encoded:
-        return {"k_codes": pack(codes, self.k_bits), "k_scale": scale, "k_zero": zero}
+        return integers.keys(keys, self.k_bits, order_and_weights(turned(moment)))
 
     def decode_side(self, data: Encoded, side: int) -> Tensor:
         return decode_rotated(self, data, side)
@@ -161,39 +152,13 @@ class Rotated(Codec):
         codes = unpack(data["v_codes"].transpose(-1, -2), self.v_bits).transpose(-1, -2)
         step = levels(self.v_bits, codes.device)[data["v_scale"].int()]
         step = step.repeat_interleave(codes.shape[-1] // step.shape[-1], dim=-1)
-        at_end = ((codes == 0) | (codes == 2**self.v_bits - 1)) & (self.v_bits in LARGEST)
+        at_end = ((codes == 0) | (codes == 2**self.v_bits - 1)) & (self.v_bits in integers.LARGEST)
         return _turned_back(step * torch.where(at_end, 1.0, 0.5) + LOST * step * 2**self.v_bits)
-
-
-def _turn(x: Tensor) -> Tensor:
-    """U x / D for x [..., D]."""
-    D = x.shape[-1]
-    return (x.float() @ spreader(D, x.device).T) / D
 
 
 def _turned_back(error: Tensor) -> Tensor:
     """How far U.T x' [..., D] may be off, where x' is off by `error`."""
     return error @ spreader(error.shape[-1], error.device).abs()
-
-
-def _quantize_values(x: Tensor, group: int, bits: int) -> tuple[Tensor, Tensor]:
-    """Codes and bytes of scales, both uint8, of x [..., D]: [..., D] and [..., D / group].
-
-    A number is off by half a step, or by one where it is larger than what a code means.
-    """
-    x = x.unflatten(-1, (-1, group))
-    largest, half = x.abs().amax(-1), (2**bits - 1) / 2
-    # what is best for normal numbers, less half a level, by which it is rounded up on average
-    wanted = largest
-    if bits in LARGEST:
-        wanted = torch.minimum(LARGEST[bits] * x.square().mean(-1).sqrt(), largest)
-        wanted = torch.maximum(wanted * 2 ** (-0.5 / LEVELS), largest * (half / (half + 1)))
-    steps = levels(bits, x.device)
-    byte = torch.bucketize(wanted / half, steps).clamp(max=255)
-    byte = torch.where(wanted.isnan(), 255, byte)
-    inverse = 1 / steps[byte].clamp_min(1e-30)  # of 0: nothing but zeros
-    codes = (x * inverse[..., None] + half).round().clamp(0, 2 * half)
-    return codes.to(torch.uint8).flatten(-2), byte.to(torch.uint8)
 
 
 @dataclass(frozen=True)

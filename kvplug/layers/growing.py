@@ -331,7 +331,7 @@ class Layer(Chunked, CacheLayerMixin):
             moment = self._moment(queries) if queries is not None and codec.feedback else None
             self.blocks.append(codec.encode(keys, values, moment))
             self.tail.drop_first(front + n * codec.block)
-            self.stats.blocks_encoded += n
+            self.stats.encoded(n, codec.encoder(self.device))
             self.stats.blocks_for_queries += 0 if moment is None else n
 
     def _due(self) -> tuple[int, int]:

@@ -268,7 +268,7 @@ class StaticCodedLayer(StaticLayer):
             for name, x in due.items():
                 self.blocks[name][:, :, int(self.block_count) : int(self.block_count) + n] = x
             self.block_count.add_(n)
-            self.stats.blocks_encoded += n
+            self.stats.encoded(n, codec.encoder(self.device))
             rows = [torch.cat((x[:, :, :F], x[:, :, end:]), dim=2) for x in rows]
         self._fill_tail(rows)
         self.waiting = None

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     from ..strategy import Strategy
 
-FORMAT = 2  # of keys and of what is stored under them; another where either changes its meaning
+FORMAT = 3  # of keys and of what is stored under them; another where either changes
 TAG = 8  # bytes of a key that say the salt
 # fields of a config that change no key or value
 NAMES = {

@@ -1,6 +1,7 @@
 """How it is stored."""
 
 from .defect import Defect
+from .read import SLOW
 
 CODECS = ("tests/test_codecs.py", "-k", "not traces and not compiler")
 STATIC = ("tests/test_static.py", "-k", "compiled_once and eager or trace")
@@ -23,7 +24,7 @@ DEFECTS = [
     Defect(
         "keys of 8 bits are not said to swing",
         "kvplug/codecs/rotated.py",
-        "return swings(_turn",
+        "return swings(turn",
         "return self.k_bits < 8 and swings(_turn",
         ("tests/test_guard.py",),
     ),
@@ -40,6 +41,22 @@ DEFECTS = [
         "scale = -_round_down(-(high - zero.float()) / (2**bits - 1))",
         "scale = -_round_down(-(high - zero.float()) / 2**bits)",
         CODECS,
+    ),
+    Defect(
+        "a compiled loop forgets what a channel has lost",
+        "kvplug/kernels/numba/encode.py",
+        "number - lost[t] * inverse",
+        "number",
+        ("tests/test_encoder.py", "-k", "same_bytes and 16-3"),
+        SLOW,
+    ),
+    Defect(
+        "a compiled loop gives a group its neighbour's scale",
+        "kvplug/kernels/numba/encode.py",
+        "wanted = sizes[t, k]",
+        "wanted = sizes[t, 0]",
+        ("tests/test_encoder.py", "-k", "same_bytes and 33-3"),
+        SLOW,
     ),
     Defect(
         "codes come out in another order",

@@ -77,7 +77,7 @@ class Numba(Kernel):
         scale: float | None,
         is_causal: bool,
     ) -> tuple[Tensor, Tensor]:
-        kernel = process.compiled()
+        kernel = process.compiled(process.attend)
         B, Q, S, Dk = query.shape
         H, Dv, T = stored.tail[0].shape[1], stored.tail[1].shape[-1], stored.length
         if is_causal:
@@ -116,7 +116,8 @@ class Numba(Kernel):
         return out.to(query.dtype), lse
 
     def warmup(self) -> None:
-        process.compiled()
+        for function in process.SIGNATURES:
+            process.compiled(function)
 
 
 def _splits(groups: int, tiles: int, workers: int) -> int:

@@ -16,6 +16,7 @@ import numba
 import torch
 from numba import njit
 
+from . import encode
 from .arguments import SIGNATURE
 from .attend import attend
 
@@ -42,26 +43,40 @@ AS_IT_IS = nullcontext()
 _forked = False  # whether the threads of the pool were left behind in another process
 
 
+# what is compiled, each for these arguments alone
+SIGNATURES = {
+    attend: SIGNATURE,
+    encode.encode_keys: encode.KEYS,
+    encode.encode_values: encode.VALUES,
+}
+
+
 @cache
-def compiled() -> Callable:
-    """The compiled kernel: from disk, or compiled now, which is said."""
+def compiled(function: FunctionType) -> Callable:
+    """One of SIGNATURES, compiled: from disk, or compiled now, which is said."""
+    way = "alone" if _forked else "in_parallel"
     kernel = njit(parallel=not _forked, nogil=True, cache=True, error_model="numpy")(
-        _named(f"attend_{'alone' if _forked else 'in_parallel'}_{sources()}", attend)
+        _named(f"{function.__name__}_{way}_{sources()}", function)
     )
     threads = torch.get_num_threads()
     if not numba.config.DISABLE_JIT:
         notice = threading.Timer(2.0, logger.warning, (COMPILING,))
         notice.start()
         try:
-            kernel.compile(SIGNATURE)
+            kernel.compile(SIGNATURES[function])
         finally:
             notice.cancel()
     if _forked:
-        logger.warning(ALONE)
+        _say_alone()
         return kernel
     numba.get_num_threads()  # starts Numba's pool, if compiling did not, ...
     torch.set_num_threads(threads)  # ... which sets the number of threads for all of OpenMP
     return kernel
+
+
+@cache
+def _say_alone() -> None:
+    logger.warning(ALONE)
 
 
 def sources(folder: Path = Path(__file__).parent) -> str:
@@ -94,6 +109,7 @@ def _after_fork() -> None:
     if compiled.cache_info().currsize:
         _forked = True
         compiled.cache_clear()
+        _say_alone.cache_clear()
         torch.set_num_threads(1)
 
 

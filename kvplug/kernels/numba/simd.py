@@ -179,6 +179,29 @@ def _(ll, address, i):
     return ll.bitcast(ll.shl(upper, I32(16)), F32)
 
 
+@operation(INT, FLOAT)
+def to_half(x):
+    """The bits of the float16 nearest to x."""
+    with np.errstate(over="ignore"):
+        return int(np.float16(x).view(np.uint16))
+
+
+@to_half.compiled
+def _(ll, x):
+    return ll.zext(ll.bitcast(ll.fptrunc(x, ir.HalfType()), I16), ir.IntType(INT.bitwidth))
+
+
+@operation(FLOAT, INT)
+def from_half(bits):
+    """The float16 of these bits."""
+    return np.uint16(bits).view(np.float16).astype(np.float32)
+
+
+@from_half.compiled
+def _(ll, bits):
+    return ll.fpext(ll.bitcast(ll.trunc(bits, I16), ir.HalfType()), F32)
+
+
 @operation(VECTOR, INT, INT)
 def load_halves(address, i):
     """The float16 numbers i and on of the array at `address`."""
