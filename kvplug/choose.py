@@ -117,7 +117,8 @@ def recommend(
         drift: what may be lost: "none"; "low", 0.003 nat per token of KL to the exact cache; or
             "medium", 0.03, and of words that questions ask for none, as far as was measured on the
             model that `front.json` names.
-        calibration: file of `kvplug calibrate`: with it `use="prefix"` takes budgets of its heads.
+        calibration: file of `kvplug calibrate`: with it `use="prefix"` and "stream" take budgets of
+            its heads.
         dtype: of keys and values, or its name; default: the config's, else float32.
         device: on which the model runs.
 

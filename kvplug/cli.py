@@ -52,7 +52,7 @@ def main(argv: list[str] | None = None) -> int:
     advice.add_argument(
         "--drift", choices=ALLOWED, default="none", help="what may be lost (default none)"
     )
-    advice.add_argument("--calibration", help="file of `kvplug calibrate`, for --use prefix")
+    advice.add_argument("--calibration", help="file of `kvplug calibrate`, for prefix and stream")
     advice.add_argument("--device", default="cpu", help="on which the model runs (default cpu)")
     measure = commands.add_parser(
         "calibrate",

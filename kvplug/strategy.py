@@ -212,7 +212,7 @@ class Auto(Stage):
     budget: str | None = option(None, "bytes it may hold, as '2GiB'; None: 0.8 of what is free")
     use: str | None = option(None, "what for, or no token goes", choices=USES)
     drift: str = option("none", "what may be lost: KL up to 0, 0.003, 0.03", choices=(*ALLOWED,))
-    calibration: str | None = option(None, "file of `kvplug calibrate`, for use='prefix'")
+    calibration: str | None = option(None, "file of `kvplug calibrate`, for use='prefix', 'stream'")
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -3,7 +3,8 @@
 usage: python scripts/front.py FOLDER ...
 
 A folder of --suite pareto gives bits and drift of codecs; those of retrieval, unseen and stream
-give what is lost by methods that let tokens go. What no folder gives stays as it is.
+give what is lost by methods that let tokens go, several of one suite together. What no folder gives
+stays as it is.
 """
 
 from __future__ import annotations
@@ -24,11 +25,12 @@ from evals.setup.contenders import EXACT  # noqa: E402
 from evals.suites import retrieval  # noqa: E402
 from kvplug.strategy import ALLOWED  # noqa: E402
 
-# by use: the suite, its metric, the method that serves it, and whether heads have own budgets
+# by use: the suite, its metric, the method that serves it, and whether heads have own budgets;
+# None: both count
 METHODS = {
     "prompt": ("retrieval", "retrieval_asked", "snapkv", False),
     "prefix": ("unseen", "retrieval", "expected", True),
-    "stream": ("stream", "kl", "expected", False),
+    "stream": ("stream", "kl", "expected", None),
 }
 FRONT = ROOT / "kvplug" / "front.json"
 
@@ -40,6 +42,26 @@ def sections(folder: Path) -> dict[str, Any]:
         return of_codecs(rows)
     made = {use: of_methods(rows, *how) for use, how in METHODS.items()}
     return {"kept": {use: found for use, found in made.items() if found}}
+
+
+def together(folders: list[Path]) -> dict[str, Any]:
+    """What folders give; of a use all that they have measured for it."""
+    found: dict[str, Any] = {"kept": {}}
+    for folder in folders:
+        new = sections(folder)
+        for use, kept in new.pop("kept", {}).items():
+            options = found["kept"].get(use, {"options": []})["options"] + kept["options"]
+            found["kept"][use] = kept | {"options": sorted(options, key=order)}
+        found |= new
+    return found
+
+
+def order(option: dict[str, Any]) -> tuple:
+    """By how much is kept, the largest first; of one share without a codec first, and before others
+    with budgets of heads.
+    """
+    strategy = kvplug.parse(option["spec"].format(budget=option["of"], calibration="any"))
+    return -option["share"], not strategy.lossless, strategy.retention.heads is None
 
 
 def of_codecs(rows: list[dict]) -> dict[str, Any]:
@@ -58,10 +80,11 @@ def of_codecs(rows: list[dict]) -> dict[str, Any]:
 
 
 def of_methods(
-    rows: list[dict], suite: str, metric: str, method: str, calibrated: bool
+    rows: list[dict], suite: str, metric: str, method: str, calibrated: bool | None
 ) -> dict[str, Any] | None:
-    """What a method lost at each share of tokens that it kept, the largest first; of one share
-    without a codec first. `calibrated`: with budgets of heads, of whatever file.
+    """What a method lost at each share of tokens that it kept, in `order`.
+
+    calibrated: whether with budgets of heads, of whatever file; None: with and without.
     """
     if rows[0]["suite"] != suite:
         return None
@@ -74,11 +97,11 @@ def of_methods(
     for row in rows:
         if ":" in row["strategy"]:  # not of ours
             continue
-        strategy = kvplug.parse(row["strategy"])
-        retention = strategy.retention
-        if (retention.name, retention.heads is not None) != (method, calibrated):
+        retention = kvplug.parse(row["strategy"]).retention
+        if retention.name != method or calibrated not in (None, retention.heads is not None):
             continue
-        spec = re.sub(r"budget=\d+", "budget={budget}", row["strategy"])
+        spec = row["strategy"].replace(";", ", ")
+        spec = re.sub(r"budget=\d+", "budget={budget}", spec)
         spec = re.sub(r"heads='[^']*'", "heads={calibration!r}", spec)
         share = retention.budget / row["context"]
         found = {"spec": spec, "share": share, "of": row["context"]}
@@ -88,11 +111,10 @@ def of_methods(
             shares = row["value"], *interval(row["value"], row["n"])
             found["found"] = [round(x, 3) for x in shares]
             found["exact"] = round(exact[row["context"]], 3)
-        options.append((-share, not strategy.lossless, found))
+        options.append(found)
     if not options:
         return None
-    options.sort(key=lambda x: x[:2])
-    return {"options": [found for *_, found in options], "measured": source(rows[0])}
+    return {"options": sorted(options, key=order), "measured": source(rows[0])}
 
 
 def source(row: dict) -> dict[str, Any]:
@@ -103,7 +125,6 @@ def source(row: dict) -> dict[str, Any]:
 
 if __name__ == "__main__":
     front = json.loads(FRONT.read_text(encoding="utf-8"))
-    for folder in sys.argv[1:]:
-        new = sections(Path(folder))
-        front |= new | {"kept": front.get("kept", {}) | new.get("kept", {})}
+    new = together([Path(folder) for folder in sys.argv[1:]])
+    front |= new | {"kept": front.get("kept", {}) | new["kept"]}
     FRONT.write_text(json.dumps(front, indent=1) + "\n", encoding="utf-8")

@@ -251,7 +251,7 @@ def _words(name: str) -> str:
 def streaming() -> str:
     """Return what letting tokens go again and again costs a text that goes on."""
     body = []
-    for run in _runs("stream", "stream-512"):
+    for run in _runs("stream-heads", "stream", "stream-512"):
         exact = _row(run, EXACT, "bytes_held", 1, 2048)["value"]
         for name in dict.fromkeys(row["strategy"] for row in run.rows):
             if name == EXACT or name.startswith("control:"):

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-FOLDERS = ("retrieval", "unseen", "stream")
+FOLDERS = ("retrieval", "unseen", "stream", "stream-heads")
 
 
 @pytest.fixture(scope="module")
@@ -20,9 +20,7 @@ def script():
 
 def test_what_methods_lose_is_what_their_folders_say(script):
     told = json.loads(script.FRONT.read_text(encoding="utf-8"))["kept"]
-    found = {}
-    for folder in FOLDERS:
-        found |= script.sections(ROOT / "docs" / "benchmarks" / folder)["kept"]
+    found = script.together([ROOT / "docs" / "benchmarks" / folder for folder in FOLDERS])["kept"]
     assert {use: told[use] for use in found} == found
     assert set(found) == {"prompt", "prefix", "stream"}
 
@@ -61,3 +59,24 @@ def test_budgets_of_heads_are_those_of_the_call_and_no_others_serve(script):
     rows = [row(x, 0.7, "retrieval", suite="unseen") for x in ("transformers:dynamic", *names)]
     (option,) = script.of_methods(rows, *script.METHODS["prefix"])["options"]
     assert option["spec"] == "expected(budget={budget}, heads={calibration!r})+int4"
+
+
+def test_of_a_text_that_goes_on_heads_with_budgets_come_first(script, monkeypatch):
+    """Each of its folders has measured something."""
+    heads = "expected(budget=1024, heads='m.safetensors')"
+    folders = {
+        "a": ("transformers:dynamic", "expected(budget=512)", "expected(budget=1024)"),
+        "b": ("transformers:dynamic", f"{heads}+int4", heads),
+    }
+
+    def read(folder):
+        return None, None, [row(x, 0.1, "kl", "1024-2048", "stream") for x in folders[str(folder)]]
+
+    monkeypatch.setattr(script, "read", read)
+    options = script.together(map(Path, "ab"))["kept"]["stream"]["options"]
+    assert [(x["spec"], x["share"]) for x in options] == [
+        ("expected(budget={budget}, heads={calibration!r})", 0.5),
+        ("expected(budget={budget})", 0.5),
+        ("expected(budget={budget}, heads={calibration!r})+int4", 0.5),
+        ("expected(budget={budget})", 0.25),
+    ]
