@@ -17,7 +17,7 @@ from kvplug.retention.base import _highest
 from kvplug.testing import RetentionConformance, tiny_llama
 from kvplug.testing.oracle import one_layer
 from kvplug.testing.specs import SMALL
-from kvplug.testing.tools import assert_close, dense, left_padded, normal, prompt, seeded
+from kvplug.testing.tools import assert_close, attended, dense, left_padded, normal, prompt, seeded
 
 
 class TestRetention(RetentionConformance):
@@ -261,6 +261,19 @@ def test_the_highest_are_chosen_and_of_equals_the_newer(n):
     for scores, chosen in zip(score[0], _highest(score, n)[0], strict=True):
         best = sorted(range(12), key=lambda i: (scores[i], i))[12 - n :]
         assert chosen.tolist() == sorted(best)
+
+
+def test_blocks_of_tokens_that_stay_go_last():
+    """As long as the tail can spare as many tokens as are too many."""
+    layer = one_layer(
+        kvplug.parse(
+            "expected(budget=35, every=8, queries=8, sinks=2, recent=12)+int8(block=16, tail=8)"
+        )
+    )
+    for i in range(12):
+        attended(layer, normal(1, 2, 16, 16, seed=i), normal(1, 2, 16, 16, seed=-1 - i))
+        assert (layer.positions.read()["p"][..., :2] == torch.arange(2)).all()
+    assert layer.evictions > 5
 
 
 @dataclasses.dataclass(frozen=True)

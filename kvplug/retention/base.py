@@ -230,17 +230,20 @@ class Scored(Retention):
             order = torch.where(hidden, best - T, best).sort(dim=-1).values
             return Kept(none, order % T, order < 0, cut)
         encoded = blocks * block
-        excess = T - self.budget
-        gone = min(blocks, excess // block)
-        tail = T - encoded
-        rest = tail - (excess - gone * block)  # tokens that stay behind blocks
-        if gone < blocks and rest < min(tail, self.recent):  # those that stay leave too few to go
-            gone, rest = gone + 1, tail
         # the mean over what is no padding; a block of padding alone goes first
         of_blocks = score[..., :encoded].unflatten(-1, (blocks, block))
         weight = real[..., :encoded].unflatten(-1, (blocks, block))
         mean = of_blocks.masked_fill(~weight, 0).sum(-1) / weight.sum(-1).clamp_min(1)
         mean = mean.masked_fill(~weight.any(-1), -torch.inf)
+        excess, tail = T - self.budget, T - encoded
+        # blocks with tokens that stay go last, once the tail cannot spare as many
+        loose = int((mean < torch.inf).sum(-1).min()) if blocks else 0
+        gone = min(loose, excess // block)
+        if tail - (excess - gone * block) < min(tail, self.recent):
+            gone = min(blocks, excess // block)
+        rest = tail - (excess - gone * block)  # tokens that stay behind blocks
+        if gone < blocks and rest < min(tail, self.recent):  # those that stay leave too few to go
+            gone, rest = gone + 1, tail
         return Kept(_highest(mean, blocks - gone), _highest(score[..., encoded:], rest))
 
     def _ranked(self, tokens: Candidates) -> Tensor:
