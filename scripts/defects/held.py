@@ -127,7 +127,7 @@ DEFECTS = [
     Defect(
         "beams reorder keys and not values",
         "kvplug/layers/buffer.py",
-        "{n: change(x) for n, x in self.read().items()}",
+        "{name: change(x) for name, x in self.read().items()}",
         '{n: x if n == "v" and change(x).shape == x.shape else change(x)'
         " for n, x in self.read().items()}",
         DRAWN,
