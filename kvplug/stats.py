@@ -20,7 +20,6 @@ class Stats:
         self.kernels: Counter[str] = Counter()
         self.encoders: Counter[str] = Counter()  # blocks that each has encoded
         self.materialised: Counter[str] = Counter()
-        self.blocks_encoded = 0
         self.blocks_for_queries = 0  # of these: keys rounded for the queries that attention showed
         self.swinging = False  # whether keys of some layer have swung: `codecs/guard.py`
         self.other_questions = 0  # prompts given to what had been chosen for an earlier one
@@ -35,9 +34,13 @@ class Stats:
             )
         self.materialised[reason] += 1
 
+    @property
+    def blocks_encoded(self) -> int:
+        """By all encoders together."""
+        return self.encoders.total()
+
     def encoded(self, blocks: int, encoder: str) -> None:
         """Count blocks, and what has encoded them."""
-        self.blocks_encoded += blocks
         self.encoders[encoder] += blocks
 
     def swing(self, codec: Codec, given: Codec) -> None:

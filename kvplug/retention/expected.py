@@ -43,9 +43,9 @@ class Expected(Scored):
         # k C k is the mean square of the products with each query's distance from the mean
         spread = products[:, :, :, 1:].square_().mean(3)
         logits = products[:, :, :, 0] + spread / 2  # [B, H, G, T]
-        if not tokens.whole:  # of padding alone nothing is expected
-            logits = logits.masked_fill(~tokens.real[:, :, None], -torch.inf)
-        weights = logits.softmax(-1).mean(2)
-        if not tokens.whole:
-            weights = weights.nan_to_num()
-        return weights * tokens.values.float().norm(dim=-1)
+        if tokens.whole:
+            weights = logits.softmax(-1)
+        else:  # of padding alone nothing is expected
+            hidden = ~tokens.real[:, :, None]
+            weights = logits.masked_fill(hidden, -torch.inf).softmax(-1).nan_to_num()
+        return weights.mean(2) * tokens.values.float().norm(dim=-1)
