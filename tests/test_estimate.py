@@ -12,6 +12,7 @@ from huggingface_hub.errors import StrictDataclassError
 import kvplug
 from kvplug import cost
 from kvplug.cli import main
+from kvplug.codecs import feedback, formats
 from kvplug.compat import cache_argument
 from kvplug.testing import specs, tiny_llama
 from kvplug.testing.matrix import CHOOSING
@@ -88,12 +89,19 @@ def test_dtype_and_proportions():
     assert kvplug.estimate("growing", config, context=100) * 2 == pytest.approx(full, rel=0.01)
 
 
-def test_nothing_is_allocated():
+def test_nothing_is_allocated_or_computed(monkeypatch):
+    """Not for a method that asks for queries either: attention of theirs would see all blocks."""
+    for module, name in ((feedback, "round_keys"), (formats, "unpack")):
+        monkeypatch.setattr(module, name, lambda *_, **__: pytest.fail("no data is there"))
     config = transformers.LlamaConfig(
         num_hidden_layers=80, num_attention_heads=64, hidden_size=8192
     )
     million = kvplug.estimate("int4+disk", config, context=1_000_000, batch=8)
     assert million > 1e12
+    kept = kvplug.estimate(
+        "snapkv(budget=500_000)+int4", config, context=1_000_000, batch=8, decoded=65
+    )
+    assert million / 2 < kept < million * 0.6  # room in memory grows by an eighth
 
 
 HYBRIDS = {

@@ -121,7 +121,9 @@ class Codec(Stage):
 
         moment: of queries, as `encode_keys` wants it; None: none were seen.
         """
-        coded = self.encode_side(keys, 0) if moment is None else self.encode_keys(keys, moment)
+        # keys of no data (meta) take the same room either way, and rounding them takes a second
+        plain = moment is None or keys.is_meta
+        coded = self.encode_side(keys, 0) if plain else self.encode_keys(keys, moment)
         return coded | self.encode_side(values, 1)
 
     @final

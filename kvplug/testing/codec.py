@@ -353,9 +353,12 @@ class CodecConformance:
             assert same(x.contiguous(), y.contiguous())
 
     def test_shapes_without_data(self, codec: Codec) -> None:
-        """`kvplug.estimate` encodes tensors of the device `meta`."""
+        """`kvplug.estimate` encodes tensors of the device `meta`, where nothing is rounded."""
         keys, values = random_blocks(codec, N=3)
-        real, meta = codec.encode(keys, values), codec.encode(keys.to("meta"), values.to("meta"))
-        assert {k: (x.shape, x.dtype) for k, x in real.items()} == {
-            k: (x.shape, x.dtype) for k, x in meta.items()
-        }
+        moment = keys.float().flatten(2, 3).mT @ keys.float().flatten(2, 3)
+        meta = codec.encode(keys.to("meta"), values.to("meta"))
+        for seen in (None, moment) if codec.feedback else (None,):
+            real = codec.encode(keys, values, seen)
+            assert {k: (x.shape, x.dtype) for k, x in real.items()} == {
+                k: (x.shape, x.dtype) for k, x in meta.items()
+            }
