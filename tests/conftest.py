@@ -24,6 +24,11 @@ def threads():
     return THREADS
 
 
+def pytest_collection_modifyitems(items):
+    """First what is long and needs no CPU kernel: another worker compiles that meanwhile."""
+    items.sort(key=lambda item: item.name != "test_interpreted")
+
+
 def pytest_collection_finish(session):
     """What is imported by now stays: a collection in a test looks at what tests have made."""
     gc.collect()

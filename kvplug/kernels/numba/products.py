@@ -127,75 +127,81 @@ def turn(x, x_step, rows, n, matrix, columns, out):
 @inlined
 def _add_two(x, x_step, n, matrix, c, columns, out):
     """Two rows by the four vectors from column c on, sums in eight registers."""
-    at0, scale0, shift0 = _place(matrix, c)
-    at1, scale1, shift1 = _place(matrix, c + LANES)
-    at2, scale2, shift2 = _place(matrix, c + 2 * LANES)
-    at3, scale3, shift3 = _place(matrix, c + 3 * LANES)
-    y, out1 = x + 4 * x_step, out + 4 * columns
-    a0, a1 = load(out, 0), load(out, LANES)
-    a2, a3 = load(out, 2 * LANES), load(out, 3 * LANES)
-    b0, b1 = load(out1, 0), load(out1, LANES)
-    b2, b3 = load(out1, 2 * LANES), load(out1, 3 * LANES)
+    places, y, out1 = _places(matrix, c), x + 4 * x_step, out + 4 * columns
+    a, b = _four(out), _four(out1)
     for i in range(n):
-        if matrix.ahead:
-            prefetch(matrix.address + at0 + i * matrix.row + matrix.ahead)
-        m0 = _vector(matrix, i, at0, scale0, shift0)
-        m1 = _vector(matrix, i, at1, scale1, shift1)
-        m2 = _vector(matrix, i, at2, scale2, shift2)
-        m3 = _vector(matrix, i, at3, scale3, shift3)
-        a, b = spread(float_at(x, i)), spread(float_at(y, i))
-        a0, a1 = multiply_add(a, m0, a0), multiply_add(a, m1, a1)
-        a2, a3 = multiply_add(a, m2, a2), multiply_add(a, m3, a3)
-        b0, b1 = multiply_add(b, m0, b0), multiply_add(b, m1, b1)
-        b2, b3 = multiply_add(b, m2, b2), multiply_add(b, m3, b3)
-    store(out, 0, a0)
-    store(out, LANES, a1)
-    store(out, 2 * LANES, a2)
-    store(out, 3 * LANES, a3)
-    store(out1, 0, b0)
-    store(out1, LANES, b1)
-    store(out1, 2 * LANES, b2)
-    store(out1, 3 * LANES, b3)
+        m = _vectors(matrix, i, places)
+        a, b = _added(float_at(x, i), m, a), _added(float_at(y, i), m, b)
+    _store_four(out, a)
+    _store_four(out1, b)
 
 
 @inlined
 def _add_three(x, x_step, n, matrix, c, columns, out):
     """Three rows by the four vectors from column c on, sums in twelve registers."""
-    at0, scale0, shift0 = _place(matrix, c)
-    at1, scale1, shift1 = _place(matrix, c + LANES)
-    at2, scale2, shift2 = _place(matrix, c + 2 * LANES)
-    at3, scale3, shift3 = _place(matrix, c + 3 * LANES)
-    y, z = x + 4 * x_step, x + 8 * x_step
+    places, y, z = _places(matrix, c), x + 4 * x_step, x + 8 * x_step
     out1, out2 = out + 4 * columns, out + 8 * columns
-    a0, a1 = load(out, 0), load(out, LANES)
-    a2, a3 = load(out, 2 * LANES), load(out, 3 * LANES)
-    b0, b1 = load(out1, 0), load(out1, LANES)
-    b2, b3 = load(out1, 2 * LANES), load(out1, 3 * LANES)
-    d0, d1 = load(out2, 0), load(out2, LANES)
-    d2, d3 = load(out2, 2 * LANES), load(out2, 3 * LANES)
+    a, b, d = _four(out), _four(out1), _four(out2)
     for i in range(n):
-        if matrix.ahead:
-            prefetch(matrix.address + at0 + i * matrix.row + matrix.ahead)
-        m0 = _vector(matrix, i, at0, scale0, shift0)
-        m1 = _vector(matrix, i, at1, scale1, shift1)
-        m2 = _vector(matrix, i, at2, scale2, shift2)
-        m3 = _vector(matrix, i, at3, scale3, shift3)
-        a, b, d = spread(float_at(x, i)), spread(float_at(y, i)), spread(float_at(z, i))
-        a0, a1 = multiply_add(a, m0, a0), multiply_add(a, m1, a1)
-        a2, a3 = multiply_add(a, m2, a2), multiply_add(a, m3, a3)
-        b0, b1 = multiply_add(b, m0, b0), multiply_add(b, m1, b1)
-        b2, b3 = multiply_add(b, m2, b2), multiply_add(b, m3, b3)
-        d0, d1 = multiply_add(d, m0, d0), multiply_add(d, m1, d1)
-        d2, d3 = multiply_add(d, m2, d2), multiply_add(d, m3, d3)
-    store(out, 0, a0)
-    store(out, LANES, a1)
-    store(out, 2 * LANES, a2)
-    store(out, 3 * LANES, a3)
-    store(out1, 0, b0)
-    store(out1, LANES, b1)
-    store(out1, 2 * LANES, b2)
-    store(out1, 3 * LANES, b3)
-    store(out2, 0, d0)
-    store(out2, LANES, d1)
-    store(out2, 2 * LANES, d2)
-    store(out2, 3 * LANES, d3)
+        m = _vectors(matrix, i, places)
+        a, b = _added(float_at(x, i), m, a), _added(float_at(y, i), m, b)
+        d = _added(float_at(z, i), m, d)
+    _store_four(out, a)
+    _store_four(out1, b)
+    _store_four(out2, d)
+
+
+@inlined
+def _places(matrix, c):
+    """Of the four vectors of columns from c on."""
+    return (
+        _place(matrix, c),
+        _place(matrix, c + LANES),
+        _place(matrix, c + 2 * LANES),
+        _place(matrix, c + 3 * LANES),
+    )
+
+
+@inlined
+def _vectors(matrix, i, places):
+    """The floats of row i at four places; asks for those of a later row."""
+    if matrix.ahead:
+        prefetch(matrix.address + places[0][0] + i * matrix.row + matrix.ahead)
+    return (
+        _vector(matrix, i, *places[0]),
+        _vector(matrix, i, *places[1]),
+        _vector(matrix, i, *places[2]),
+        _vector(matrix, i, *places[3]),
+    )
+
+
+@inlined
+def _added(x, m, sums):
+    """`sums + x * m`, of four vectors."""
+    a = spread(x)
+    return (
+        multiply_add(a, m[0], sums[0]),
+        multiply_add(a, m[1], sums[1]),
+        multiply_add(a, m[2], sums[2]),
+        multiply_add(a, m[3], sums[3]),
+    )
+
+
+@inlined
+def _four(address):
+    """Four vectors, one after the other."""
+    return (
+        load(address, 0),
+        load(address, LANES),
+        load(address, 2 * LANES),
+        load(address, 3 * LANES),
+    )
+
+
+@inlined
+def _store_four(address, vectors):
+    """Write them there."""
+    store(address, 0, vectors[0])
+    store(address, LANES, vectors[1])
+    store(address, 2 * LANES, vectors[2])
+    store(address, 3 * LANES, vectors[3])
