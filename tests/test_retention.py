@@ -243,7 +243,6 @@ def test_queries_give_to_what_is_held_and_had_come(n, padding):
         normal(B, G * H, n, D, seed=2), scale=0.5,
     )  # fmt: skip
     got = tokens.attention()
-    assert_close(tokens.votes(), got.sum(3).mean(2))
     for b, h, g, q in itertools.product(*map(range, (B, H, G, n))):
         came = 41 - (n - 1 - q)
         at = positions[b, h]

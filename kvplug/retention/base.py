@@ -108,24 +108,6 @@ class Candidates:
 
         A query sees the tokens up to its own, and gives 1 in all to those that are still held.
         """
-        weights = self._scores().softmax(-1)
-        return weights if self.whole else weights.nan_to_num_()  # queries of padding see nothing
-
-    def votes(self) -> Tensor:
-        """What the queries give to each token in all, [B, H, T] float32, as the mean of the heads
-        that read it: `attention().sum(3).mean(2)` in half of its time.
-        """
-        scores = self._scores().flatten(2, 3)  # [B, H, G * n, T]
-        highest = scores.amax(-1, keepdim=True)
-        if not self.whole:
-            highest.clamp_min_(torch.finfo(scores.dtype).min)  # of queries that see nothing
-        weights = scores.sub_(highest).exp_()  # in place, as memory that is new costs more
-        total = weights.sum(-1, keepdim=True).clamp_min_(1)  # the highest gives 1
-        heads = self.queries.shape[1] // self.keys.shape[1]
-        return (total.reciprocal_().mT @ weights).squeeze(2) / heads
-
-    def _scores(self) -> Tensor:
-        """Scaled products, [B, H, G, n, T] float32; -inf where a query does not see a token."""
         B, H, T, D = self.keys.shape
         n = self.queries.shape[2]
         queries = self.queries.float().reshape(B, H, -1, D) * self.scale  # [B, H, G * n, D]
@@ -134,9 +116,10 @@ class Candidates:
         age = torch.arange(n - 1, -1, -1, device=self.keys.device)[:, None]
         later = self.positions[:, :, None, -n:] > self.positions[:, :, -1:, None] - age
         scores[..., -n:].masked_fill_(later[:, :, None], -torch.inf)
-        if not self.whole:
-            scores.masked_fill_(~self.real[:, :, None, None], -torch.inf)
-        return scores
+        if self.whole:
+            return scores.softmax(-1)
+        scores.masked_fill_(~self.real[:, :, None, None], -torch.inf)
+        return scores.softmax(-1).nan_to_num_()  # queries of padding see nothing
 
 
 class Kept(NamedTuple):

@@ -29,19 +29,20 @@ class Expected(Scored):
     name: ClassVar[str] = "expected"
     budget: int = option(1024, "tokens that stay after an eviction", ge=1)
     every: int = option(64, "new tokens between two evictions", ge=1)
-    queries: int = option(32, "newest queries whose moments are taken", ge=1)
+    queries: int = option(64, "newest queries whose moments are taken", ge=1)
     sinks: int = option(4, "first tokens that stay", ge=0)
     recent: int = option(64, "newest tokens that stay", ge=0)
 
     def score(self, tokens: Candidates) -> Tensor:
         H, n = tokens.keys.shape[1], tokens.queries.shape[2]
         queries = tokens.queries.float().unflatten(1, (H, -1)) * tokens.scale  # [B, H, G, n, D]
-        products = queries.flatten(2, 3) @ tokens.keys.float().mT
-        products = products.unflatten(2, (-1, n))  # [B, H, G, n, T]
-        # m k is the mean of the products, k C k their variance
-        mean = products.mean(3)
-        variance = products.sub_(mean[:, :, :, None]).square_().mean(3)
-        logits = mean + variance / 2  # [B, H, G, T]
+        mean = queries.mean(3, keepdim=True)
+        both = torch.cat((mean, queries - mean), dim=3)  # [B, H, G, 1 + n, D]
+        products = both.flatten(2, 3) @ tokens.keys.float().mT
+        products = products.unflatten(2, (-1, 1 + n))  # [B, H, G, 1 + n, T]
+        # k C k is the mean square of the products with each query's distance from the mean
+        spread = products[:, :, :, 1:].square_().mean(3)
+        logits = products[:, :, :, 0] + spread / 2  # [B, H, G, T]
         if tokens.whole:
             weights = logits.softmax(-1)
         else:  # of padding alone nothing is expected

@@ -40,7 +40,7 @@ class H2O(Scored):
         return 1  # half of it, whatever it is
 
     def score(self, tokens: Candidates) -> Tensor:
-        mass = tokens.votes()
+        mass = tokens.attention().sum(3).mean(2)  # [B, H, T]
         if "mass" in tokens.state:
             mass += self.decay * tokens.state["mass"]
         tokens.state["mass"] = mass

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 SHARES = torch.tensor([1, 2, 3, 4, 6, 8, 10, 12, 14, 16]) / 16
 MEAN = 0.25  # of the shares given: about what is kept where budgets are tight
 READERS = 256  # tokens that read on
-METHOD = Expected(queries=64, sinks=4, recent=16)  # by whose choice tokens are taken
+METHOD = Expected(sinks=4, recent=16)  # by whose choice tokens are taken
 
 
 def measure(model: PreTrainedModel, windows: Tensor) -> dict[str, Tensor]:

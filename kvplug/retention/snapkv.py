@@ -48,6 +48,6 @@ class SnapKV(Scored):
         return self.window
 
     def score(self, tokens: Candidates) -> Tensor:
-        votes = tokens.votes()
+        votes = tokens.attention().mean((2, 3))  # [B, H, T]
         votes[..., -self.window :] = 0  # of the window only its neighbours would hear
         return avg_pool1d(votes, self.pool, stride=1, padding=self.pool // 2)

@@ -30,5 +30,5 @@ class Tova(Scored):
         return 1
 
     def score(self, tokens: Candidates) -> Tensor:
-        votes = tokens.votes().mean(1, keepdim=True)  # [B, 1, T]
-        return votes.expand(tokens.positions.shape)
+        votes = tokens.attention().mean((1, 2, 3))  # [B, T]
+        return votes[:, None].expand(tokens.positions.shape)

@@ -61,7 +61,7 @@ def _found(run: Run, strategy: str, metric: str) -> str:
 def streaming() -> str:
     """Return what letting tokens go again and again costs a text that goes on."""
     body = []
-    for run in folders("stream-heads", "stream"):
+    for run in folders("stream-heads", "stream", "stream-512"):
         exact = find(run, EXACT, "bytes_held", 1, 2048)["value"]
         for name in dict.fromkeys(row["strategy"] for row in run.rows):
             if name == EXACT or name.startswith("control:"):

@@ -19,18 +19,29 @@ def prefix() -> str:
     transformers' own cache: as its documented recipe copies it, and fed by `prefill_chunk_size`.
     """
     runs = folders("prefix", "prefix-4096")
-    body = [_reused(run, name) for run in runs for name in (EXACT, "growing", "int8", "int4")]
+    table = _first_tokens([(run, max(run.config["context"])) for run in runs])
+    (pays,) = prefix_suite.pays(runs[0].rows)
+    return f"{table} {pays}"
+
+
+def prefix_one_thread() -> str:
+    """Return the same of one thread."""
+    (run,) = folders("prefix-1-thread")
+    return _first_tokens([(run, context) for context in run.config["context"]])
+
+
+def _first_tokens(prompts: list[tuple[Run, int]]) -> str:
+    body = [_reused(*x, name) for x in prompts for name in (EXACT, "growing", "int8", "int4")]
     head = ["strategy", "prompt", "s ↓, all computed", "from memory", "from a folder", "from Redis"]
     head += ["nothing found, % more ↓", "B/token ↓"]
-    notes = prefix_suite.tables(runs[0].config, runs[0].rows)[-1].notes
+    run = prompts[0][0]
+    notes = prefix_suite.tables(run.config, run.rows)[-1].notes
     noise = next(note for note in notes if note.startswith("A/A")).partition(";")[0]
-    (pays,) = prefix_suite.pays(runs[0].rows)
-    return f"{rendered(head, body)}\n\n{noise}. {pays}"
+    return f"{rendered(head, body)}\n\n{noise}."
 
 
-def _reused(run: Run, name: str) -> list[str]:
-    """Return the line of a strategy, at the longest prompt of a run."""
-    context = max(run.config["context"])
+def _reused(run: Run, context: int, name: str) -> list[str]:
+    """Return the line of a strategy."""
 
     def value(metric: str, case: str) -> float:
         return find(run, name, metric, 1, context, case)["value"]

@@ -26,4 +26,4 @@ class LookBack(Scored):
     queries: int = option(8, "newest queries that are asked", ge=1)
 
     def score(self, tokens: Candidates) -> Tensor:
-        return tokens.votes()
+        return tokens.attention().mean((2, 3))  # [B, H, T]
