@@ -12,7 +12,7 @@ from huggingface_hub.errors import StrictDataclassError
 import kvplug
 from kvplug import cost
 from kvplug.cli import main
-from kvplug.codecs import feedback, formats
+from kvplug.codecs import formats, integers
 from kvplug.compat import cache_argument
 from kvplug.testing import specs, tiny_llama
 from kvplug.testing.matrix import CHOOSING
@@ -91,7 +91,7 @@ def test_dtype_and_proportions():
 
 def test_nothing_is_allocated_or_computed(monkeypatch):
     """Not for a method that asks for queries either: attention of theirs would see all blocks."""
-    for module, name in ((feedback, "round_keys"), (formats, "unpack")):
+    for module, name in ((integers, "round_keys"), (formats, "unpack")):
         monkeypatch.setattr(module, name, lambda *_, **__: pytest.fail("no data is there"))
     config = transformers.LlamaConfig(
         num_hidden_layers=80, num_attention_heads=64, hidden_size=8192
@@ -102,6 +102,13 @@ def test_nothing_is_allocated_or_computed(monkeypatch):
         "snapkv(budget=500_000)+int4", config, context=1_000_000, batch=8, decoded=65
     )
     assert million / 2 < kept < million * 0.6  # room in memory grows by an eighth
+
+
+def test_a_compiled_kernel_reads_nothing_either():
+    pytest.importorskip("numba", reason="the kernel is compiled by numba")
+    told = {"config": tiny_llama().config, "context": 96, "decoded": 9}
+    sizes = [kvplug.estimate(f"snapkv(budget=40)+int4(block=8){x}", **told) for x in ("", "+numba")]
+    assert sizes[0] == sizes[1] > 0
 
 
 HYBRIDS = {

@@ -304,7 +304,10 @@ def _read(
     graph = recorded(query, *stored.tail) and not kernel.differentiable
     # tokens as they came: torch's own attention has the gradient, and is faster for many queries
     plain = stored.is_plain and not kernel.reads_plain(query.shape[2], stored.length)
-    if plain or (graph and not stored.block_count and stored.starts is None):
+    if query.is_meta:  # only shapes are asked for, and a compiled kernel would read an address
+        out = query.new_empty(*query.shape[:3], stored.tail[1].shape[-1])
+        lse = query.new_empty(query.shape[:3], dtype=torch.float32)
+    elif plain or (graph and not stored.block_count and stored.starts is None):
         if not stored.is_plain:
             call.stats.materialise(SDPA.__name__)
         gqa = query.shape[1] != stored.tail[0].shape[1]
